@@ -28,8 +28,10 @@ type Source interface {
 type Config struct {
 	Sources []Source
 	Log     *slog.Logger
-	// Dir keeps the last good state of each source ("" keeps nothing).
-	Dir string
+	// Dir keeps the last good state of the sources named in Remember ("" keeps
+	// nothing): those that can be away when Roost starts.
+	Dir      string
+	Remember []string
 	// Probe tells whether a held instance still answers; nil dials TCP.
 	Probe func(ctx context.Context, at netip.AddrPort) error
 	// ProbeEvery is the pause between probes of held instances (default 2 s).

@@ -72,8 +72,10 @@ type Instance struct {
 	Weight  uint32     `json:"weight"` // at least 1
 	Health  Health     `json:"health"`
 	Inbound uint16     `json:"inbound"` // port of its sidecar's inbound listener; 0 is none
-	Origin  string     `json:"origin"`  // FILE:LINE:COL or consul:NODE/ID
-	Source  string     `json:"source"`
+	// NodeAddress is the node's own address where the source knows it.
+	NodeAddress netip.Addr `json:"node_address"`
+	Origin      string     `json:"origin"` // FILE:LINE:COL or consul:NODE/ID
+	Source      string     `json:"source"`
 	// Wants is what the registration says of the service itself; nil when the
 	// source only lists instances.
 	Wants []WantedPort `json:"wants"`
@@ -95,7 +97,7 @@ func compareInstances(a, b *Instance) int {
 func sameInstance(a, b *Instance) bool {
 	return a.ID == b.ID && a.Node == b.Node && a.Key == b.Key && a.Address == b.Address &&
 		slices.Equal(a.Ports, b.Ports) && a.Zone == b.Zone && a.Version == b.Version && a.Weight == b.Weight &&
-		a.Health == b.Health && a.Inbound == b.Inbound && a.Origin == b.Origin && a.Source == b.Source &&
+		a.Health == b.Health && a.NodeAddress == b.NodeAddress && a.Inbound == b.Inbound && a.Origin == b.Origin && a.Source == b.Source &&
 		slices.Equal(a.Wants, b.Wants) && a.Stale == b.Stale
 }
 

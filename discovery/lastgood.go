@@ -28,7 +28,8 @@ func (m *merge) load() {
 	if m.config.Dir == "" {
 		return
 	}
-	for name, s := range m.sources {
+	for _, name := range m.config.Remember {
+		s := m.source(name)
 		kept, err := readLastGood(m.path(name))
 		if err != nil {
 			if !os.IsNotExist(err) {
@@ -74,7 +75,8 @@ func (m *merge) save() {
 	if m.config.Dir == "" {
 		return
 	}
-	for name, s := range m.sources {
+	for _, name := range m.config.Remember {
+		s := m.sources[name]
 		if !s.unsaved || !s.complete {
 			continue
 		}
