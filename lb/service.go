@@ -130,3 +130,6 @@ func portNames(ports []Port) string {
 var dockerBridge = netip.MustParsePrefix("172.16.0.0/12")
 
 func isBridge(a netip.Addr) bool { return dockerBridge.Contains(a.Unmap()) }
+
+// SameAddresses tells whether both have the same addresses.
+func (s *Service) SameAddresses(o *Service) bool { return s.addresses() == o.addresses() }

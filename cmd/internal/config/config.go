@@ -1,0 +1,224 @@
+// Package config turns roost.yaml into what Roost runs on. Files and the
+// environment go in; a Config, or every mistake with its file, line and column,
+// comes out. Mistakes that only the world can show (a service that nobody has
+// registered, a pool that is full) are not looked for here: lb says them as
+// Problems.
+//
+// The package starts no goroutine.
+package config
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/roostmesh/roost/discovery"
+	"github.com/roostmesh/roost/discovery/strict"
+	"github.com/roostmesh/roost/lb"
+)
+
+// Config is everything that an operator can say.
+type Config struct {
+	Path  string   // the main file; "" is the embedded default
+	Files []string // every file that was read, for watching
+
+	DataDir string
+	Admin   Admin
+	XDS     XDS
+	Log     Log
+	DNS     DNS
+	Consul  *Consul
+	// InstancePath is discovery.file.path; "" is none.
+	InstancePath string
+	Quarantine   time.Duration
+	Model        *lb.Config
+	Static       []discovery.Instance // services[].instances
+}
+
+// Admin is where the admin API listens.
+type Admin struct {
+	Address netip.AddrPort
+	Socket  string // a unix socket
+}
+
+// XDS is where Envoys connect.
+type XDS struct {
+	Address netip.AddrPort
+	Sockets []Socket
+}
+
+// Socket is a unix socket that serves one tenant.
+type Socket struct {
+	Path, Tenant, Group string
+	Mode                os.FileMode
+}
+
+// Log says how Roost logs.
+type Log struct{ Level, Format string }
+
+// DNS is the DNS server.
+type DNS struct {
+	Listen  []DNSListen
+	Forward []Forward
+}
+
+// DNSListen is one address of the DNS server; a Tenant binds its view.
+type DNSListen struct {
+	Address netip.AddrPort
+	Tenant  string
+	Default bool // not written by the operator
+}
+
+// Forward says where foreign names go.
+type Forward struct {
+	Zone  string // "" is every name
+	To    []netip.AddrPort
+	Files []string // resolv.conf files
+}
+
+// Consul is the Consul source.
+type Consul struct {
+	Address, TokenFile, DefaultTenant, TenantMeta string
+	MaxConnections                                int
+	CAFile, CertFile, KeyFile, ServerName         string
+}
+
+// ErrNotFound is wrapped when the file that was asked for is not there.
+var ErrNotFound = errors.New("no such file")
+
+// Find returns the config file to use: path, else $ROOST_CONFIG, else
+// ./roost.yaml, else /etc/roost/roost.yaml, else "" for the embedded default.
+func Find(path string) string {
+	if path != "" {
+		return path
+	}
+	if p := os.Getenv("ROOST_CONFIG"); p != "" {
+		return p
+	}
+	for _, p := range []string{"roost.yaml", "/etc/roost/roost.yaml"} {
+		if _, err := os.Stat(p); err == nil {
+			return p
+		}
+	}
+	return ""
+}
+
+// Load reads the file at path and what it includes; "" is the embedded default.
+// The error is a strict.Errors with every mistake, or wraps ErrNotFound.
+func Load(path string) (*Config, error) {
+	doc, files, errs, err := read(path)
+	if err != nil {
+		return nil, err
+	}
+	b := builder{doc: doc, errs: errs, config: &Config{Path: path, Files: files, Model: &lb.Config{}}}
+	b.build()
+	if len(b.errs) > 0 {
+		return nil, b.errs
+	}
+	return b.config, nil
+}
+
+func read(path string) (*document, []string, strict.Errors, error) {
+	doc := &document{}
+	if path == "" {
+		return doc, nil, nil, nil
+	}
+	data, err := os.ReadFile(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, nil, nil, fmt.Errorf("config %s: %w: name a file with --config or $ROOST_CONFIG", path, ErrNotFound)
+	}
+	if err != nil {
+		return nil, nil, nil, fmt.Errorf("config: %w", err)
+	}
+	d := decoding(path)
+	d.Decode(data, doc)
+	files := []string{path}
+	for _, pattern := range doc.Include {
+		matches, err := filepath.Glob(resolve(path, pattern))
+		if err != nil {
+			d.Errors = append(d.Errors, doc.Errorf("include", "%q is not a file pattern: %v", pattern, err))
+		}
+		if len(matches) == 0 && !strings.ContainsAny(pattern, "*?[") {
+			d.Errors = append(d.Errors, doc.Errorf("include", "%s does not exist", pattern))
+		}
+		for _, m := range matches {
+			files = append(files, m)
+			d.Errors = append(d.Errors, include(doc, m)...)
+		}
+	}
+	return doc, files, d.Errors, nil
+}
+
+func decoding(path string) *strict.Decoding {
+	return &strict.Decoding{File: path, Expand: func(s string) (string, error) { return expand(path, s) }}
+}
+
+// include merges one further file: it may hold tenants, services, listeners
+// and routes.
+func include(doc *document, path string) strict.Errors {
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return strict.Errors{{Place: path, Message: err.Error()}}
+	}
+	var more document
+	d := decoding(path)
+	d.Decode(data, &more)
+	for _, key := range strict.Keys(documentType) {
+		if more.Has(key) && !slices.Contains([]string{"tenants", "services", "listeners", "routes"}, key) {
+			d.Errors = append(d.Errors, more.Errorf(key, "belongs into the main file; an included file holds tenants, services, listeners and routes"))
+		}
+	}
+	for name, t := range more.Tenants {
+		if first, twice := doc.Tenants[name]; twice {
+			d.Errors = append(d.Errors, t.Errorf("", "tenant %s is declared twice (first at %s)", name, first.String()))
+			continue
+		}
+		if doc.Tenants == nil {
+			doc.Tenants = map[string]tenantDoc{}
+		}
+		doc.Tenants[name] = t
+	}
+	doc.Services = append(doc.Services, more.Services...)
+	doc.Listeners = append(doc.Listeners, more.Listeners...)
+	doc.Routes = append(doc.Routes, more.Routes...)
+	return d.Errors
+}
+
+var variable = regexp.MustCompile(`\$\{([^}]*)\}`)
+
+// expand replaces ${VAR} and ${file:PATH}; $${ is a literal ${.
+func expand(path, s string) (string, error) {
+	var bad error
+	const literal = "\x00"
+	s = strings.ReplaceAll(s, "$${", literal)
+	s = variable.ReplaceAllStringFunc(s, func(m string) string {
+		name := m[2 : len(m)-1]
+		if p, ok := strings.CutPrefix(name, "file:"); ok {
+			data, err := os.ReadFile(resolve(path, p))
+			if err != nil {
+				bad = errors.Join(bad, fmt.Errorf("%s: %w", m, err))
+			}
+			return strings.TrimRight(string(data), "\r\n")
+		}
+		v, ok := os.LookupEnv(name)
+		if !ok {
+			bad = errors.Join(bad, fmt.Errorf("%s: the environment variable %s is not set", m, name))
+		}
+		return v
+	})
+	return strings.ReplaceAll(s, literal, "${"), bad
+}
+
+// resolve makes p, written in file, a path from here.
+func resolve(file, p string) string {
+	if p == "" || filepath.IsAbs(p) || file == "" {
+		return p
+	}
+	return filepath.Join(filepath.Dir(file), p)
+}

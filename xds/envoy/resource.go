@@ -1,0 +1,118 @@
+package envoy
+
+import (
+	"iter"
+
+	"github.com/roostmesh/roost/lb"
+)
+
+// Type is a kind of xDS resource. Its order is the order in which additions
+// are sent; removals go the other way round.
+type Type uint8
+
+// The types that Roost serves.
+const (
+	Secret Type = iota
+	Cluster
+	Endpoint
+	Extension
+	Listener
+	Route
+
+	// Types is how many there are; arrays of per-type state have this length.
+	Types
+)
+
+var typeURLs = [Types]string{
+	Secret:    "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret",
+	Cluster:   "type.googleapis.com/envoy.config.cluster.v3.Cluster",
+	Endpoint:  "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment",
+	Extension: "type.googleapis.com/envoy.config.core.v3.TypedExtensionConfig",
+	Listener:  "type.googleapis.com/envoy.config.listener.v3.Listener",
+	Route:     "type.googleapis.com/envoy.config.route.v3.RouteConfiguration",
+}
+
+var typeNames = [Types]string{Secret: "secret", Cluster: "cluster", Endpoint: "endpoint", Extension: "extension", Listener: "listener", Route: "route"}
+
+// URL is the type URL on the wire.
+func (t Type) URL() string { return typeURLs[t] }
+
+// String is the word that the admin API and the CLI use: cluster, endpoint,
+// extension, listener, route or secret.
+func (t Type) String() string { return typeNames[t] }
+
+// TypeOf finds the type of a type URL.
+func TypeOf(url string) (Type, bool) {
+	for t, u := range typeURLs {
+		if u == url {
+			return Type(t), true
+		}
+	}
+	return 0, false
+}
+
+// TypeNamed finds a type by its word.
+func TypeNamed(name string) (Type, bool) {
+	for t, n := range typeNames {
+		if n == name {
+			return Type(t), true
+		}
+	}
+	return 0, false
+}
+
+// Wildcard says that a proxy gets every resource of its view, named or not:
+// clusters and listeners. All others are sent only by name.
+func (t Type) Wildcard() bool { return t == Cluster || t == Listener }
+
+// Name identifies a resource within a proxy's view.
+type Name struct {
+	Type Type
+	Name string
+}
+
+// Resource is one encoded xDS resource. It is immutable and shared by every
+// proxy that holds it.
+type Resource struct {
+	Name
+	// Version is a short hash of the content, equal on every replica.
+	Version string
+	// Body is the marshalled envoy.service.discovery.v3.Resource (name, version
+	// and the resource itself in an Any): one element of a DeltaDiscoveryResponse.
+	Body []byte
+	// Refs are the resources that this one names: a cluster its endpoints, a
+	// listener its routes, clusters, extensions and secrets, a route its clusters.
+	Refs []Name
+}
+
+// View is what one proxy may hold of one World. It is immutable, cheap to make
+// and keeps no copy of the resources.
+type View interface {
+	// Get returns a resource, or nil where the proxy may not hold it or it does
+	// not exist.
+	Get(n Name) *Resource
+	// All lists the resources of a wildcard type, ordered by name.
+	All(t Type) iter.Seq[*Resource]
+}
+
+// Change names what differs between two Worlds.
+type Change struct {
+	// Names are the resources that were added, changed or removed, by name;
+	// proxies whose view has none of them before or after need not look.
+	Names []Name
+	// Views says that who may see what has changed, so that every proxy
+	// compares its whole view.
+	Views bool
+	// Nodes are the hosts on which instances came or went: a node proxy on one
+	// of them compares its whole view, other proxies need not.
+	Nodes []string
+}
+
+// World is every resource that a Snapshot yields, shared by all proxies. It is
+// immutable.
+type World interface {
+	// Version is the Snapshot's: it grows by one with every change.
+	Version() uint64
+	// View is what a proxy of this identity may hold.
+	View(id lb.Identity) View
+}
