@@ -172,3 +172,19 @@ type Catalog struct {
 	// was loaded.
 	Ready bool
 }
+
+// NewCatalog makes a ready Catalog of instances that all exist at once; of two
+// with the same id and node the first one stays.
+func NewCatalog(instances []Instance) *Catalog {
+	m := newMerge(Config{})
+	byOrigin := map[string][]Instance{}
+	for _, i := range instances {
+		byOrigin[i.Source] = append(byOrigin[i.Source], i)
+	}
+	for source, list := range byOrigin {
+		m.apply(Update{Source: source, Scope: source, Instances: list, Complete: true, Scopes: []string{source}})
+	}
+	c := m.catalog()
+	c.Ready = true
+	return c
+}

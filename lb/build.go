@@ -202,3 +202,12 @@ func (s *Snapshot) Tenants() []string {
 	}
 	return slices.Sorted(maps.Keys(set))
 }
+
+// AddProblems adds what others have found; only before s is published.
+func (s *Snapshot) AddProblems(more []Problem) {
+	if len(more) == 0 {
+		return
+	}
+	s.Problems = append(slices.Clone(s.Problems), more...)
+	SortProblems(s.Problems)
+}

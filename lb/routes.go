@@ -141,3 +141,26 @@ func conditions(m Match) int {
 	}
 	return n
 }
+
+// OwnRoute is the implicit route of a port: to the service itself.
+func (s *Service) OwnRoute(p *Port) *Route {
+	name := RouteNameOf(s.Key, p.Port)
+	return &Route{Name: name, Tenant: s.Key.Tenant, Listener: name, Timeout: s.Spec.Timeout, Retry: s.Spec.Retry, Origin: s.Spec.Origin, Implicit: true,
+		To: []Destination{{Target: Target{Service: s.Key, Port: p.Name, Weight: 1}, Cluster: p.Cluster, Resolved: true}}}
+}
+
+// PortRoutes are the routes of one port of a service's own address in match
+// order: those declared for the mesh, then the service itself.
+func (s *Snapshot) PortRoutes(svc *Service, p *Port) []*Route {
+	own := svc.OwnRoute(p)
+	if !IsHTTP(p.Protocol) {
+		return []*Route{own}
+	}
+	out := make([]*Route, 0, len(s.Mesh[svc.Key])+1)
+	for _, r := range s.Mesh[svc.Key] {
+		declared := *r
+		declared.Listener = own.Listener
+		out = append(out, &declared)
+	}
+	return append(out, own)
+}

@@ -36,13 +36,12 @@ const (
 // declared mesh routes in match order, then the service itself.
 func serviceRoutes(s *lb.Service, p *lb.Port, mesh []*lb.Route) *Resource {
 	name := lb.RouteNameOf(s.Key, p.Port)
-	implicit := &lb.Route{Name: name, Tenant: s.Key.Tenant, Timeout: s.Spec.Timeout, Retry: s.Spec.Retry, Implicit: true,
-		To: []lb.Destination{{Target: lb.Target{Service: s.Key, Port: p.Name, Weight: 1}, Cluster: p.Cluster, Resolved: true}}}
+	routes := append(slices.Clone(mesh), s.OwnRoute(p))
 	var hosts []*routev3.VirtualHost
-	for _, v := range lb.VirtualHosts(append(slices.Clone(mesh), implicit)) {
+	for _, v := range lb.VirtualHosts(routes) {
 		hosts = append(hosts, virtualHost(v, p.Protocol, nil))
 	}
-	return encode(Route, name, &routev3.RouteConfiguration{Name: name, VirtualHosts: hosts, IgnorePortInHostMatching: true}, clusterRefs(append(slices.Clone(mesh), implicit))...)
+	return encode(Route, name, &routev3.RouteConfiguration{Name: name, VirtualHosts: hosts, IgnorePortInHostMatching: true}, clusterRefs(routes)...)
 }
 
 // publicRoutes is the route configuration of a public listener.
@@ -195,7 +194,7 @@ func match(m lb.Match) *routev3.RouteMatch {
 }
 
 func header(name string, value *matcherv3.StringMatcher, invert bool) *routev3.HeaderMatcher {
-	h := &routev3.HeaderMatcher{Name: name, InvertMatch: invert, HeaderMatchSpecifier: &routev3.HeaderMatcher_PresentMatch{PresentMatch: true}}
+	h := &routev3.HeaderMatcher{Name: name, InvertMatch: invert, TreatMissingHeaderAsEmpty: invert && value != nil, HeaderMatchSpecifier: &routev3.HeaderMatcher_PresentMatch{PresentMatch: true}}
 	if value != nil {
 		h.HeaderMatchSpecifier = &routev3.HeaderMatcher_StringMatch{StringMatch: value}
 	}

@@ -398,3 +398,35 @@ func (v *view) All(t Type) iter.Seq[*Resource] {
 	slices.SortFunc(list, compareResources)
 	return slices.Values(list)
 }
+
+// Everything lists all that a proxy of this identity ends up with: clusters,
+// listeners, and by following them their endpoints, routes, rules and secrets.
+func (t *Translation) Everything(id lb.Identity) iter.Seq[*Resource] {
+	return func(yield func(*Resource) bool) {
+		v := t.View(id)
+		seen := map[Name]bool{}
+		var follow func(r *Resource) bool
+		follow = func(r *Resource) bool {
+			if r == nil || seen[r.Name] {
+				return true
+			}
+			seen[r.Name] = true
+			if !yield(r) {
+				return false
+			}
+			for _, n := range r.Refs {
+				if !follow(v.Get(n)) {
+					return false
+				}
+			}
+			return true
+		}
+		for _, wildcard := range []Type{Cluster, Listener} {
+			for r := range v.All(wildcard) {
+				if !follow(r) {
+					return
+				}
+			}
+		}
+	}
+}

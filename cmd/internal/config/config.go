@@ -26,7 +26,8 @@ import (
 // Config is everything that an operator can say.
 type Config struct {
 	Path  string   // the main file; "" is the embedded default
-	Files []string // every file that was read, for watching
+	Files []string // every file that was read
+	Watch []string // Files and the patterns of include, whose matches may change
 
 	DataDir string
 	Admin   Admin
@@ -116,7 +117,10 @@ func Load(path string) (*Config, error) {
 	if err != nil {
 		return nil, err
 	}
-	b := builder{doc: doc, errs: errs, config: &Config{Path: path, Files: files, Model: &lb.Config{}}}
+	b := builder{doc: doc, errs: errs, config: &Config{Path: path, Files: files, Watch: files, Model: &lb.Config{}}}
+	for _, pattern := range doc.Include {
+		b.config.Watch = append(b.config.Watch, resolve(path, pattern))
+	}
 	b.build()
 	if len(b.errs) > 0 {
 		return nil, b.errs

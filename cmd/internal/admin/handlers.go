@@ -1,0 +1,451 @@
+package admin
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"maps"
+	"net/http"
+	"net/netip"
+	"net/url"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/danielgtaylor/huma/v2"
+	mdns "github.com/miekg/dns"
+
+	"github.com/roostmesh/roost/cmd/internal/daemon"
+	"github.com/roostmesh/roost/cmd/internal/events"
+	"github.com/roostmesh/roost/discovery/strict"
+	"github.com/roostmesh/roost/dns"
+	"github.com/roostmesh/roost/lb"
+	"github.com/roostmesh/roost/lb/ledger"
+	"github.com/roostmesh/roost/xds/envoy"
+)
+
+type body[T any] struct{ Body T }
+
+type filter struct {
+	Tenant  string `query:"tenant" doc:"only of this tenant"`
+	Service string `query:"service" doc:"only of this service"`
+}
+
+func (f *filter) takes(k lb.Key) bool {
+	return matches(f.Tenant, k.Tenant) && matches(f.Service, k.Service)
+}
+
+type serviceID struct {
+	Tenant  string `path:"tenant"`
+	Service string `path:"service"`
+}
+
+func (s serviceID) key() lb.Key { return lb.Key{Tenant: s.Tenant, Service: s.Service} }
+
+func list[T any](items []T) *body[List[T]] {
+	if items == nil {
+		items = []T{}
+	}
+	return &body[List[T]]{List[T]{items}}
+}
+
+// get registers a GET.
+func get[I, O any](h huma.API, path, id, summary string, f func(context.Context, *I) (*O, error)) {
+	huma.Register(h, huma.Operation{Method: http.MethodGet, Path: path, OperationID: id, Summary: summary}, f)
+}
+
+func (a *api) register(h huma.API) {
+	get(h, "/healthz", "healthz", "The process lives", func(context.Context, *struct{}) (*body[map[string]bool], error) {
+		return &body[map[string]bool]{map[string]bool{"ok": true}}, nil
+	})
+	get(h, "/readyz", "readyz", "Every source has answered once", a.readyz)
+	get(h, "/version", "version", "What runs", func(context.Context, *struct{}) (*body[map[string]string], error) {
+		return &body[map[string]string]{map[string]string{"version": a.version, "node": a.d.Config().Model.Node}}, nil
+	})
+	get(h, "/api/v1/overview", "overview", "Roost at a glance", a.overview)
+	get(h, "/api/v1/tenants", "tenants", "Tenants", a.tenants)
+	get(h, "/api/v1/services", "services", "Services", a.services)
+	get(h, "/api/v1/services/{tenant}/{service}", "service", "One service", a.service)
+	huma.Register(h, huma.Operation{Method: http.MethodPut, Path: "/api/v1/services/{tenant}/{service}", OperationID: "put-service", Summary: "Make or change a service", DefaultStatus: http.StatusOK}, a.putService)
+	huma.Register(h, huma.Operation{Method: http.MethodDelete, Path: "/api/v1/services/{tenant}/{service}", OperationID: "delete-service", Summary: "Delete a service", DefaultStatus: http.StatusOK}, a.deleteService)
+	get(h, "/api/v1/instances", "instances", "Instances", a.instances)
+	get(h, "/api/v1/routes", "routes", "Routes by listener and match order", a.routes)
+	get(h, "/api/v1/listeners", "listeners", "Listeners", a.listeners)
+	get(h, "/api/v1/addresses", "addresses", "The ledger", a.addresses)
+	get(h, "/api/v1/explain", "explain", "Why a request goes where it goes", a.explain)
+	get(h, "/api/v1/dns/resolve", "resolve", "What DNS answers to a caller", a.resolve)
+	get(h, "/api/v1/proxies", "proxies", "Envoys", a.proxies)
+	get(h, "/api/v1/proxies/{id}", "proxy", "One Envoy", a.proxy)
+	get(h, "/api/v1/proxies/{id}/config", "proxy-config", "What an Envoy holds, intended against ACKed", a.proxyConfig)
+	get(h, "/api/v1/problems", "problems", "What is wrong now", a.problems)
+	get(h, "/api/v1/certificates", "certificates", "Certificates", a.certificates)
+	get(h, eventsPath, "events", "What has changed; text/event-stream streams", a.events)
+	huma.Register(h, huma.Operation{Method: http.MethodPost, Path: "/api/v1/discovery/release", OperationID: "release", Summary: "Let go of instances that are held although their source lost them"}, a.release)
+}
+
+// Ready is whether every source has answered once.
+type Ready struct {
+	Ready    bool             `json:"ready"`
+	NotReady []daemon.Waiting `json:"not_ready"`
+}
+
+type readyOutput struct {
+	Status int
+	Body   Ready
+}
+
+func (a *api) readyz(context.Context, *struct{}) (*readyOutput, error) {
+	waiting := a.d.NotReady()
+	out := &readyOutput{Status: http.StatusOK, Body: Ready{len(waiting) == 0, waiting}}
+	if !out.Body.Ready {
+		out.Status = http.StatusServiceUnavailable
+	}
+	return out, nil
+}
+
+func (a *api) overview(context.Context, *struct{}) (*body[Overview], error) {
+	s, c := a.d.Snapshot(), a.d.Config()
+	xdsAt, dnsAt := a.d.Addresses()
+	waiting := a.d.NotReady()
+	out := Overview{Version: a.version, Node: c.Model.Node, Domain: c.Model.Domain, Ready: len(waiting) == 0, NotReady: waiting, Tenants: len(s.Tenants()), Services: len(s.Order),
+		Problems: map[string]int{"error": 0, "warning": 0, "info": 0}, Sources: []Source{}, Snapshot: s.Version, Uptime: time.Since(a.started).Seconds(),
+		Listening: map[string]string{"xds": xdsAt, "dns": dnsAt}}
+	for _, svc := range s.Order {
+		out.Instances.Total += svc.Total()
+		out.Instances.Healthy += svc.Healthy()
+	}
+	for _, p := range a.d.XDS.Proxies() {
+		if p.Connected {
+			out.Proxies.Connected++
+		} else {
+			out.Proxies.Gone++
+		}
+		if len(p.Rejected) > 0 {
+			out.Proxies.Rejecting++
+		}
+	}
+	for _, p := range a.d.Problems() {
+		out.Problems[p.Severity]++
+	}
+	for _, src := range s.Catalog.Sources {
+		out.Sources = append(out.Sources, sourceOf(src))
+	}
+	return &body[Overview]{out}, nil
+}
+
+func (a *api) tenants(context.Context, *struct{}) (*body[List[Tenant]], error) {
+	s := a.d.Snapshot()
+	byName := map[string]*Tenant{}
+	for _, name := range s.Tenants() {
+		byName[name] = &Tenant{Name: name, Clients: []string{}}
+	}
+	for _, t := range s.Config.Tenants {
+		for _, c := range t.Clients {
+			text := c.Prefix.String()
+			if c.Node != "" {
+				text += "@" + c.Node
+			}
+			byName[t.Name].Clients = append(byName[t.Name].Clients, text)
+		}
+	}
+	for _, svc := range s.Order {
+		byName[svc.Key.Tenant].Services++
+		byName[svc.Key.Tenant].Instances += svc.Total()
+	}
+	var items []Tenant
+	for _, name := range slices.Sorted(maps.Keys(byName)) {
+		items = append(items, *byName[name])
+	}
+	return list(items), nil
+}
+
+func (a *api) services(_ context.Context, f *filter) (*body[List[Service]], error) {
+	var items []Service
+	for _, s := range a.d.Snapshot().Order {
+		if f.takes(s.Key) {
+			items = append(items, serviceOf(s))
+		}
+	}
+	return list(items), nil
+}
+
+func (a *api) service(_ context.Context, id *serviceID) (*body[Service], error) {
+	s := a.d.Snapshot().Services[id.key()]
+	if s == nil {
+		return nil, huma.Error404NotFound("there is no service " + id.key().String())
+	}
+	return &body[Service]{serviceOf(s)}, nil
+}
+
+type putInput struct {
+	serviceID
+	RawBody []byte
+}
+
+type putOutput struct {
+	Status int
+	Body   Service
+}
+
+func (a *api) putService(ctx context.Context, in *putInput) (*putOutput, error) {
+	created, err := a.d.PutService(ctx, in.key(), in.RawBody)
+	if err != nil {
+		return nil, refused(err)
+	}
+	out := &putOutput{Status: http.StatusOK}
+	if created {
+		out.Status = http.StatusCreated
+	}
+	s := a.d.Snapshot().Services[in.key()]
+	if s == nil {
+		return nil, huma.Error500InternalServerError("the service is gone again")
+	}
+	out.Body = serviceOf(s)
+	return out, nil
+}
+
+// refused turns an error of a service object into a problem document.
+func refused(err error) error {
+	var errs strict.Errors
+	switch {
+	case errors.As(err, &errs):
+		details := make([]error, len(errs))
+		for i, e := range errs {
+			details[i] = &huma.ErrorDetail{Message: e.Message, Location: pointer(e.Path), Value: e.Place}
+		}
+		return huma.Error422UnprocessableEntity("the service cannot be made from this body", details...)
+	case errors.Is(err, daemon.ErrDeclared), errors.Is(err, daemon.ErrAnnounced):
+		return huma.Error409Conflict(err.Error())
+	case errors.Is(err, daemon.ErrUnknownService):
+		return huma.Error404NotFound(err.Error())
+	}
+	return huma.Error503ServiceUnavailable(err.Error())
+}
+
+// pointer writes ports[0].port as the JSON pointer /ports/0/port.
+func pointer(path string) string {
+	return "/" + strings.NewReplacer("[", "/", "]", "", ".", "/").Replace(path)
+}
+
+func (a *api) deleteService(ctx context.Context, id *serviceID) (*body[Address], error) {
+	records, err := a.d.DeleteService(ctx, id.key())
+	if err != nil {
+		return nil, refused(err)
+	}
+	for _, r := range records {
+		if r.Kind == ledger.Internal {
+			return &body[Address]{addressOf(r)}, nil
+		}
+	}
+	return &body[Address]{Address{Tenant: id.Tenant, Service: id.Service, Holders: []string{}}}, nil
+}
+
+func (a *api) instances(_ context.Context, f *filter) (*body[List[Instance]], error) {
+	s := a.d.Snapshot()
+	var items []Instance
+	for _, key := range slices.SortedFunc(maps.Keys(s.Catalog.Groups), lb.Key.Compare) {
+		if f.takes(key) {
+			for _, i := range s.Catalog.Groups[key].Instances {
+				items = append(items, instanceOf(i, s.Services[key]))
+			}
+		}
+	}
+	return list(items), nil
+}
+
+func (a *api) routes(_ context.Context, f *filter) (*body[List[Route]], error) {
+	s := a.d.Snapshot()
+	var items []Route
+	add := func(r *lb.Route, order int) {
+		target := len(r.To) == 0 || f.Service == ""
+		for _, d := range r.To {
+			target = target || d.Service.Service == f.Service
+		}
+		if target && matches(f.Tenant, r.Tenant) {
+			items = append(items, routeOf(r, order))
+		}
+	}
+	for _, l := range s.Listeners {
+		for _, r := range s.Routes[l.Spec.Name] {
+			add(r, r.Order)
+		}
+	}
+	for _, svc := range s.Order {
+		for i := range svc.Ports {
+			for n, r := range s.PortRoutes(svc, &svc.Ports[i]) {
+				add(r, n+1)
+			}
+		}
+	}
+	slices.SortStableFunc(items, func(x, y Route) int { return strings.Compare(x.Listener, y.Listener) })
+	return list(items), nil
+}
+
+func (a *api) listeners(_ context.Context, f *filter) (*body[List[Listener]], error) {
+	s := a.d.Snapshot()
+	var items []Listener
+	if f.Service == "" && f.Tenant == "" {
+		for _, l := range s.Listeners {
+			items = append(items, Listener{Name: l.Spec.Name, ProxyRole: string(lb.Gateway), Gateway: optional(l.Spec.Gateway), Address: l.Spec.Address.String(), Protocol: l.Spec.Protocol, Origin: l.Spec.Origin})
+		}
+	}
+	for _, svc := range s.Order {
+		if !f.takes(svc.Key) {
+			continue
+		}
+		for _, p := range svc.Ports {
+			l := Listener{Name: lb.RouteNameOf(svc.Key, p.Port), ProxyRole: string(lb.Node), Tenant: optional(svc.Key.Tenant), Service: optional(svc.Key.Service), Protocol: p.Protocol, Origin: svc.Spec.Origin}
+			if svc.Address.IsValid() {
+				l.Address = netip.AddrPortFrom(svc.Address, p.Port).String()
+				items = append(items, l)
+			}
+			if svc.Dedicated.IsValid() {
+				l.Name, l.ProxyRole, l.Address = l.Name+"@dedicated", string(lb.Gateway), netip.AddrPortFrom(svc.Dedicated, p.Port).String()
+				items = append(items, l)
+			}
+		}
+	}
+	slices.SortStableFunc(items, func(x, y Listener) int { return strings.Compare(x.Name, y.Name) })
+	return list(items), nil
+}
+
+func (a *api) addresses(_ context.Context, f *filter) (*body[List[Address]], error) {
+	var items []Address
+	for _, r := range a.d.Records() {
+		if f.takes(lb.Key{Tenant: r.Owner.Tenant, Service: r.Owner.Service}) {
+			items = append(items, addressOf(r))
+		}
+	}
+	return list(items), nil
+}
+
+type resolveInput struct {
+	Name string `query:"name" required:"true"`
+	Type string `query:"type" default:"A"`
+	From string `query:"from" doc:"ADDRESS or ADDRESS@NODE of the caller; default 127.0.0.1"`
+}
+
+func (a *api) resolve(ctx context.Context, in *resolveInput) (*body[dns.Answer], error) {
+	qtype, ok := mdns.StringToType[strings.ToUpper(in.Type)]
+	if !ok {
+		return nil, huma.Error400BadRequest("type " + in.Type + " is no DNS type")
+	}
+	from := in.From
+	if from == "" {
+		from = "127.0.0.1"
+	}
+	text, node, elsewhere := strings.Cut(from, "@")
+	at, err := netip.ParseAddr(text)
+	if err != nil {
+		return nil, huma.Error400BadRequest("from " + in.From + " is neither ADDRESS nor ADDRESS@NODE")
+	}
+	if s := a.d.Snapshot(); elsewhere {
+		return &body[dns.Answer]{dns.Resolve(s, s.Callers.Who(node, at), in.Name, qtype)}, nil
+	}
+	return &body[dns.Answer]{a.d.DNS.Resolve(ctx, at, in.Name, qtype)}, nil
+}
+
+func (a *api) proxies(_ context.Context, f *filter) (*body[List[Proxy]], error) {
+	var items []Proxy
+	for _, p := range a.d.XDS.Proxies() {
+		if matches(f.Tenant, p.Identity.Tenant) && matches(f.Service, p.Identity.Service) {
+			items = append(items, proxyOf(p))
+		}
+	}
+	return list(items), nil
+}
+
+type proxyID struct {
+	ID string `path:"id"`
+}
+
+func (a *api) proxy(_ context.Context, in *proxyID) (*body[Proxy], error) {
+	p, ok := a.d.XDS.Proxy(unescape(in.ID))
+	if !ok {
+		return nil, huma.Error404NotFound("no proxy " + in.ID + " is connected or was in the last hour")
+	}
+	return &body[Proxy]{proxyOf(p)}, nil
+}
+
+// unescape undoes one level of percent encoding where the router left it.
+func unescape(s string) string {
+	if out, err := url.PathUnescape(s); err == nil && strings.Contains(s, "%2F") {
+		return out
+	}
+	return s
+}
+
+type configInput struct {
+	proxyID
+	Type string `query:"type" doc:"cluster endpoint listener route secret extension; default all"`
+}
+
+func (a *api) proxyConfig(_ context.Context, in *configInput) (*body[List[Held]], error) {
+	types := []envoy.Type{envoy.Cluster, envoy.Endpoint, envoy.Listener, envoy.Route, envoy.Secret, envoy.Extension}
+	if in.Type != "" {
+		t, ok := envoy.TypeNamed(in.Type)
+		if !ok {
+			return nil, huma.Error400BadRequest("type " + in.Type + " is none of cluster, endpoint, listener, route, secret, extension")
+		}
+		types = []envoy.Type{t}
+	}
+	var items []Held
+	for _, t := range types {
+		held, ok := a.d.XDS.Holding(unescape(in.ID), t)
+		if !ok {
+			return nil, huma.Error404NotFound("no proxy " + in.ID + " is connected or was in the last hour")
+		}
+		for _, r := range held {
+			out := Held{Type: t.String(), Name: r.Name, Intended: optional(r.Intended), Sent: optional(r.Sent), Acked: optional(r.Acked), Rejected: optional(r.Rejected), Error: optional(r.Error)}
+			if r.Resource != nil && t != envoy.Secret {
+				if data, err := r.Resource.JSON(); err == nil {
+					out.Resource = json.RawMessage(data)
+				}
+			}
+			items = append(items, out)
+		}
+	}
+	return list(items), nil
+}
+
+func (a *api) problems(_ context.Context, f *filter) (*body[List[Problem]], error) {
+	var items []Problem
+	for _, p := range a.d.Problems() {
+		tenant, rest, _ := strings.Cut(p.Object, "/")
+		service, _, _ := strings.Cut(rest, "/")
+		if matches(f.Tenant, tenant) && matches(f.Service, service) {
+			items = append(items, problemOf(p))
+		}
+	}
+	return list(items), nil
+}
+
+func (a *api) certificates(context.Context, *struct{}) (*body[List[Certificate]], error) {
+	return list(certificates(a.d)), nil
+}
+
+type eventsInput struct {
+	filter
+	After uint64 `query:"after" doc:"events after this sequence number"`
+	Limit int    `query:"limit" default:"1000" minimum:"1" maximum:"10000"`
+}
+
+func (a *api) events(_ context.Context, in *eventsInput) (*body[List[events.Event]], error) {
+	return list(a.d.Events.List(in.After, in.Limit, func(e events.Event) bool {
+		return matches(in.Tenant, value(e.Tenant)) && matches(in.Service, value(e.Service))
+	})), nil
+}
+
+func value(s *string) string {
+	if s == nil {
+		return ""
+	}
+	return *s
+}
+
+func (a *api) release(_ context.Context, in *struct {
+	Source string `query:"source" doc:"only of this source"`
+}) (*struct{}, error) {
+	a.d.Release(in.Source)
+	return nil, nil
+}
