@@ -139,7 +139,7 @@ func (b Backoff) delay(n int, r float64) time.Duration {
 }
 
 // watch returns when p has ended: true when it was asked to. A closed signal channel counts as none.
-func (s *Supervisor) watch(ctx context.Context, p *process, signals *<-chan os.Signal) bool {
+func (s *Supervisor) watch(ctx context.Context, p *Process, signals *<-chan os.Signal) bool {
 	for {
 		select {
 		case <-p.done:
@@ -164,7 +164,7 @@ func (s *Supervisor) watch(ctx context.Context, p *process, signals *<-chan os.S
 }
 
 // stop returns when p has ended.
-func (s *Supervisor) stop(p *process, sig os.Signal, signals <-chan os.Signal) {
+func (s *Supervisor) stop(p *Process, sig os.Signal, signals <-chan os.Signal) {
 	if err := p.signal(sig); err != nil {
 		s.cfg.Logger.Warn("envoy did not get a signal", "signal", sig, "err", err)
 	}

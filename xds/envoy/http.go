@@ -1,13 +1,16 @@
 package envoy
 
 import (
+	"net/netip"
 	"time"
 
 	accesslogv3 "github.com/envoyproxy/go-control-plane/envoy/config/accesslog/v3"
+	mutationrulesv3 "github.com/envoyproxy/go-control-plane/envoy/config/common/mutation_rules/v3"
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
 	routerv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/router/v3"
 	hcmv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/http_connection_manager/v3"
+	mutationv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/http/early_header_mutation/header_mutation/v3"
 	xffv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/http/original_ip_detection/xff/v3"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
@@ -20,6 +23,9 @@ const (
 	idleTimeout    = time.Hour
 	streamIdle     = 5 * time.Minute
 )
+
+// noAddress is an address that no caller has.
+var noAddress = netip.MustParsePrefix("255.255.255.255/32")
 
 // localReplies gives each reason of Envoy's own answers its word. The first
 // flag that is set decides, so the cause stands before what followed from it.
@@ -66,7 +72,7 @@ func connectionManager(stat, routes, protocol string, logs []*accesslogv3.Access
 		AccessLog:                  logs,
 		UpgradeConfigs:             []*hcmv3.HttpConnectionManager_UpgradeConfig{{UpgradeType: "websocket"}},
 		// Callers' headers must not steer Envoy: nobody is internal.
-		InternalAddressConfig: &hcmv3.HttpConnectionManager_InternalAddressConfig{},
+		InternalAddressConfig: &hcmv3.HttpConnectionManager_InternalAddressConfig{CidrRanges: []*corev3.CidrRange{cidr(noAddress)}},
 	}
 	if protocol == lb.GRPC {
 		m.StreamIdleTimeout = seconds(0)
@@ -84,7 +90,12 @@ func edge(m *hcmv3.HttpConnectionManager, l *lb.Listener) {
 		// Otherwise the plain port would stand in the address redirected to.
 		m.StripPortMode = &hcmv3.HttpConnectionManager_StripAnyHostPort{StripAnyHostPort: true}
 	}
-	if len(l.Spec.TrustedProxies) > 0 {
+	if len(l.Spec.TrustedProxies) == 0 {
+		// What a client says of itself is not believed; Envoy then writes its own.
+		m.EarlyHeaderMutationExtensions = []*corev3.TypedExtensionConfig{{Name: "envoy.http.early_header_mutation.header_mutation", TypedConfig: pack(&mutationv3.HeaderMutation{
+			Mutations: []*mutationrulesv3.HeaderMutation{{Action: &mutationrulesv3.HeaderMutation_Remove{Remove: "x-forwarded-for"}}},
+		})}}
+	} else {
 		trusted := &xffv3.XffTrustedCidrs{}
 		for _, p := range l.Spec.TrustedProxies {
 			trusted.Cidrs = append(trusted.Cidrs, cidr(p))

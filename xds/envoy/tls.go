@@ -67,7 +67,7 @@ func terminate(l *listenerv3.Listener, filter *listenerv3.Filter, secrets []secr
 		refs = append(refs, Name{Secret, s.name})
 	}
 	if refuse {
-		l.DefaultFilterChain = &listenerv3.FilterChain{Name: "unknown server name", Filters: closing(nil).Filters, TransportSocket: tlsSocket(secrets[0].name, impossible(secrets[0].pair))}
+		l.DefaultFilterChain = &listenerv3.FilterChain{Name: "unknown server name", Filters: []*listenerv3.Filter{filter}, TransportSocket: tlsSocket(secrets[0].name, impossible(secrets[0].pair))}
 	}
 	return refs
 }

@@ -114,7 +114,11 @@ func scrape(at string, p xds.ProxyStatus) (map[requestKey]float64, error) {
 	out := map[requestKey]float64{}
 	lines := bufio.NewScanner(io.LimitReader(res.Body, maxStatsSize))
 	for lines.Scan() {
-		if m := requests.FindStringSubmatch(lines.Text()); m != nil {
+		line := lines.Text()
+		if strings.Contains(line, ".internal.upstream_rq_") || strings.Contains(line, ".external.upstream_rq_") {
+			continue // counted in the sum of both, too
+		}
+		if m := requests.FindStringSubmatch(line); m != nil {
 			n, err := strconv.ParseFloat(m[4], 64)
 			if err == nil {
 				out[requestKey{m[2], m[1], m[3], string(p.Identity.Role)}] += n
