@@ -1,0 +1,281 @@
+package xds
+
+import (
+	"strings"
+	"time"
+
+	discovery "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
+
+	"github.com/roostmesh/roost/xds/envoy"
+)
+
+// What Envoy says when it cannot bind a listener, and when another listener has
+// its address (ListenerManagerImpl).
+const (
+	textInUse        = "Address already in use"
+	textNoPermission = "Permission denied"
+	textDuplicate    = "duplicate address"
+)
+
+// retryable says that a refusal is about the host, not about the resource, so
+// that the same bytes may be taken later.
+func retryable(t envoy.Type, text string) bool {
+	return t == envoy.Listener && (strings.Contains(text, textInUse) || strings.Contains(text, textNoPermission) || strings.Contains(text, textDuplicate))
+}
+
+// settle takes what a request says about a response: ACK or NACK. A nonce that
+// is not on its way says nothing.
+func (s *state) settle(t envoy.Type, q *discovery.DeltaDiscoveryRequest, now time.Time) []rejection {
+	ts := &s.types[t]
+	var r *response
+	for i, o := range ts.out {
+		if o.nonce == q.GetResponseNonce() {
+			r = o
+			ts.out = append(ts.out[:i:i], ts.out[i+1:]...)
+			break
+		}
+	}
+	if r == nil {
+		return nil
+	}
+	s.unpruned = true
+	if q.GetErrorDetail() != nil {
+		return s.nack(r, q.GetErrorDetail().GetMessage(), now)
+	}
+	for _, res := range r.resources {
+		s.accept(res)
+	}
+	for _, name := range r.removed {
+		delete(ts.held, name)
+	}
+	ts.land(r)
+	if t == envoy.Listener && len(r.removed) > 0 {
+		s.release(textDuplicate)
+	}
+	return nil
+}
+
+// accept notes that the client has taken a version.
+func (s *state) accept(r *envoy.Resource) {
+	ts := &s.types[r.Type]
+	name := r.Name.Name
+	if s.wants(r.Type, name) {
+		ts.held[name] = r
+		if !s.current(r) {
+			ts.owe(name, s.version) // the name was let go and taken again since
+		}
+	}
+	if sus, ok := ts.suspects[name]; ok && sus.version == r.Version {
+		delete(ts.suspects, name)
+	}
+	if f := ts.refused[name]; f != nil && f.version == r.Version {
+		delete(ts.refused, name)
+		ts.calm()
+	}
+}
+
+// land takes a response's resources out of flight, but those sent again since.
+func (ts *typeState) land(r *response) {
+	for _, res := range r.resources {
+		if ts.flight[res.Name.Name].nonce == r.nonce {
+			delete(ts.flight, res.Name.Name)
+		}
+	}
+	for _, name := range r.removed {
+		if ts.flight[name].nonce == r.nonce {
+			delete(ts.flight, name)
+		}
+	}
+}
+
+// nack takes the refusal of a response. Envoy's listener and cluster managers
+// name what they refuse and apply the rest. Other handlers stop at the first
+// fault, so the rest is sent again; when the text names nothing, one by one.
+func (s *state) nack(r *response, text string, now time.Time) (rejected []rejection) {
+	ts := &s.types[r.Type]
+	ts.land(r)
+	if len(r.resources) == 0 {
+		return nil // Nothing more to try: what it has not removed it keeps.
+	}
+	ts.lastError = text
+	guilty, applied := blame(r, text)
+	for _, res := range r.resources {
+		name := res.Name.Name
+		f := ts.flight[name]
+		switch {
+		case applied && guilty[name] == "":
+			s.accept(res)
+		case !s.wants(r.Type, name):
+		case !s.current(res):
+			ts.owe(name, r.since)
+		case guilty[name] != "":
+			rejected = s.refuse(res, guilty[name], now, rejected)
+		case f.res != nil && f.res.Version == res.Version: // sent again since: that answer decides
+		case len(guilty) > 0:
+			s.again(res, r.since)
+		default:
+			ts.suspects[name] = suspect{res.Version, r.since}
+		}
+	}
+	return rejected
+}
+
+// again has a resource sent once more that was spoiled by others.
+func (s *state) again(r *envoy.Resource, since uint64) {
+	ts := &s.types[r.Type]
+	if h := ts.held[r.Name.Name]; h != nil && h.Version == r.Version {
+		ts.again[r.Name.Name] = struct{}{}
+	}
+	ts.owe(r.Name.Name, since)
+}
+
+// refuse remembers a NACKed version; a repeated refusal is no news.
+func (s *state) refuse(r *envoy.Resource, text string, now time.Time, rejected []rejection) []rejection {
+	ts := &s.types[r.Type]
+	name := r.Name.Name
+	delete(ts.suspects, name)
+	if f := ts.refused[name]; f != nil && f.version == r.Version {
+		f.message, f.retry = text, false
+		return rejected
+	}
+	ts.refused[name] = &refusal{version: r.Version, message: text, since: now}
+	return append(rejected, rejection{r.Name, r.Version, text})
+}
+
+// blame finds the resources of a refused response that its text names, with
+// what it says of each. applied says that Envoy has taken all others.
+func blame(r *response, text string) (guilty map[string]string, applied bool) {
+	guilty = map[string]string{}
+	_, list, listed := strings.Cut(text, "Error adding/updating listener(s) ")
+	if !listed {
+		_, list, listed = strings.Cut(text, "Error adding/updating cluster(s) ")
+	}
+	if listed {
+		for _, res := range r.resources {
+			if said, ok := saidOf(list, res.Name.Name); ok {
+				guilty[res.Name.Name] = said
+			}
+		}
+		if len(guilty) > 0 {
+			return guilty, true
+		}
+	}
+	if len(r.resources) == 1 {
+		return map[string]string{r.resources[0].Name.Name: orUnsaid(text)}, false
+	}
+	for _, res := range r.resources {
+		if mentions(text, res.Name.Name) {
+			guilty[res.Name.Name] = orUnsaid(text)
+		}
+	}
+	return guilty, false
+}
+
+func orUnsaid(text string) string {
+	if text == "" {
+		return "refused without a reason"
+	}
+	return text
+}
+
+// saidOf finds "NAME: TEXT" in Envoy's list, whose items end with a line or ", ".
+func saidOf(list, name string) (string, bool) {
+	at := -1
+	for from := 0; at < 0; {
+		i := strings.Index(list[from:], name+": ")
+		if i < 0 {
+			return "", false
+		}
+		i += from
+		if i == 0 || list[i-1] == '\n' || strings.HasSuffix(list[:i], ", ") {
+			at = i
+		}
+		from = i + 1
+	}
+	said, _, _ := strings.Cut(list[at:], "\n")
+	return said, true
+}
+
+// mentions says whether a text holds a name as a word of its own.
+func mentions(text, name string) bool {
+	for from := 0; ; {
+		i := strings.Index(text[from:], name)
+		if i < 0 || name == "" {
+			return false
+		}
+		i += from
+		end := i + len(name)
+		if (i == 0 || !nameByte(text[i-1])) && (end == len(text) || !nameByte(text[end]) || strings.HasPrefix(text[end:], ": ")) {
+			return true
+		}
+		from = i + 1
+	}
+}
+
+func nameByte(c byte) bool {
+	return c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9' || strings.IndexByte("._~/:%@-", c) >= 0
+}
+
+// retry releases the refused listeners that the host, not their content, kept
+// from being taken: the same bytes are sent once more. It says whether any was.
+func (s *state) retry() bool {
+	a, b := s.release(textInUse), s.release(textNoPermission)
+	return s.release(textDuplicate) || a || b
+}
+
+func (s *state) release(text string) (any bool) {
+	ts := &s.types[envoy.Listener]
+	for name, f := range ts.refused {
+		if !f.retry && strings.Contains(f.message, text) {
+			f.retry, any = true, true
+			ts.owe(name, s.version)
+		}
+	}
+	return any
+}
+
+// waiting says that the client owes an answer to a response.
+func (s *state) waiting() bool {
+	for t := range envoy.Types {
+		if len(s.types[t].out) > 0 {
+			return true
+		}
+	}
+	return false
+}
+
+// excuse lets what cannot go on, a removal under a refused parent, owe nothing.
+func (s *state) excuse() {
+	for t := range envoy.Types {
+		for name := range s.types[t].dirty {
+			s.types[t].dirty[name] = 0
+		}
+	}
+}
+
+// progress returns the newest World version of which everything was sent, and
+// the newest of which everything is settled as well.
+func (s *state) progress() position {
+	pushed, acked := s.version, s.version
+	before := func(v *uint64, since uint64) {
+		if since > 0 && since-1 < *v {
+			*v = since - 1
+		}
+	}
+	for t := range envoy.Types {
+		ts := &s.types[t]
+		before(&pushed, ts.owed)
+		for _, m := range []map[string]uint64{ts.dirty, ts.answers} {
+			for _, since := range m {
+				before(&pushed, since)
+			}
+		}
+		for _, sus := range ts.suspects {
+			before(&pushed, sus.since)
+		}
+		for _, r := range ts.out {
+			before(&acked, r.since)
+		}
+	}
+	return position{pushed, min(pushed, acked)}
+}

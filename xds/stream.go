@@ -1,0 +1,352 @@
+package xds
+
+import (
+	"context"
+	"errors"
+	"io"
+	"sync"
+	"time"
+
+	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	discovery "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/status"
+
+	"github.com/roostmesh/roost/lb"
+	"github.com/roostmesh/roost/xds/envoy"
+)
+
+// Bounds on what a client may cost before and after it is known.
+const (
+	maxRequest   = 32 << 20 // a reconnect names every version that the proxy has
+	maxHeaders   = 16 << 10
+	maxStreams   = 100 // per connection; an Envoy needs one
+	firstRequest = 15 * time.Second
+	handshake    = 10 * time.Second
+	pingAfter    = 30 * time.Second
+	pingTimeout  = 10 * time.Second
+	pingAtMost   = 10 * time.Second // more frequent pings of a client end its connection
+	drainFor     = 2 * time.Second
+	wantsDelta   = "state-of-the-world ADS is not served: set api_type: DELTA_GRPC in ads_config"
+)
+
+// service is the gRPC side of one Listener.
+type service struct {
+	*Server
+	tenant string
+	ctx    context.Context // of Serve: streams end with it
+	wg     sync.WaitGroup  // the goroutines beside the handlers
+}
+
+// Serve serves on one listener until ctx ends; then streams end at once, and
+// connections shortly after. Hooks are called only while Run runs.
+func (s *Server) Serve(ctx context.Context, l Listener) error {
+	v := &service{Server: s, tenant: l.Tenant, ctx: ctx}
+	name := "roost"
+	if s.cfg.Node != "" {
+		name += "/" + s.cfg.Node
+	}
+	g := grpc.NewServer(
+		grpc.ForceServerCodecV2(newCodec(name)), grpc.WaitForHandlers(true),
+		grpc.MaxRecvMsgSize(maxRequest), grpc.MaxHeaderListSize(maxHeaders), grpc.MaxConcurrentStreams(maxStreams),
+		grpc.ConnectionTimeout(handshake),
+		grpc.KeepaliveParams(keepalive.ServerParameters{Time: pingAfter, Timeout: pingTimeout}),
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: pingAtMost, PermitWithoutStream: true}),
+	)
+	discovery.RegisterAggregatedDiscoveryServiceServer(g, v)
+	stopped := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		defer close(stopped)
+		hard := time.AfterFunc(drainFor, g.Stop)
+		defer hard.Stop()
+		g.GracefulStop()
+	})
+	err := g.Serve(l.Listener)
+	if stop() { // Serve failed by itself
+		g.Stop()
+	} else {
+		<-stopped
+		err = nil
+	}
+	v.wg.Wait()
+	return err
+}
+
+// StreamAggregatedResources implements the discovery service.
+func (v *service) StreamAggregatedResources(discovery.AggregatedDiscoveryService_StreamAggregatedResourcesServer) error {
+	return status.Error(codes.Unimplemented, wantsDelta)
+}
+
+// DeltaAggregatedResources implements the discovery service: one proxy's stream.
+func (v *service) DeltaAggregatedResources(gs discovery.AggregatedDiscoveryService_DeltaAggregatedResourcesServer) error {
+	requests, failed := make(chan *discovery.DeltaDiscoveryRequest), make(chan error, 1)
+	v.wg.Go(func() { failed <- receive(gs, requests) })
+	late := time.NewTimer(firstRequest)
+	defer late.Stop()
+	var first *discovery.DeltaDiscoveryRequest
+	select {
+	case first = <-requests:
+	case err := <-failed:
+		return err
+	case <-late.C:
+		return status.Error(codes.DeadlineExceeded, "no request came")
+	case <-v.ctx.Done():
+		return errStopping
+	}
+	st, err := v.welcome(gs.Context(), first.GetNode())
+	if err != nil {
+		v.cfg.Log.Debug("xds: proxy is refused", "node", first.GetNode().GetId(), "error", err)
+		return err
+	}
+	v.handle(st, first)
+	err = v.own(st, gs, requests, failed)
+	v.unregister(st)
+	v.cfg.Log.Info("xds: proxy has gone", "proxy", st.final.ID, "reason", err)
+	return err
+}
+
+var errStopping = status.Error(codes.Unavailable, "the control plane stops")
+
+// receive hands requests to the owner until the stream ends; nil says that the
+// client closed it.
+func receive(gs discovery.AggregatedDiscoveryService_DeltaAggregatedResourcesServer, requests chan<- *discovery.DeltaDiscoveryRequest) error {
+	for {
+		q, err := gs.Recv()
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		select {
+		case requests <- q:
+		case <-gs.Context().Done():
+			return gs.Context().Err()
+		}
+	}
+}
+
+// stream is one connected proxy, or one that has gone.
+type stream struct {
+	// Fixed at construction.
+	id       string
+	identity lb.Identity
+	version  string
+	metadata map[string]string
+	since    time.Time
+	poke     chan struct{}     // one slot: there is a newer World
+	asks     chan func(*state) // run by the owner
+	replaced chan struct{}     // closed when a newer stream has its id
+	replace  func()            // closes replaced
+	ended    chan struct{}     // closed when the owner is through
+
+	// Owned by the owner; after ended, anybody may read it.
+	state *state
+	seq   uint64 // of the Publish that the state is at
+	final ProxyStatus
+
+	position *position // guarded by the tracker
+}
+
+func (st *stream) prod() {
+	select {
+	case st.poke <- struct{}{}:
+	default:
+	}
+}
+
+// ask runs f on the owner's goroutine and returns after it, or reports that the
+// stream has ended: then nobody changes its state any more.
+func (st *stream) ask(f func(*state)) bool {
+	done := make(chan struct{})
+	select {
+	case st.asks <- func(s *state) { defer close(done); f(s) }:
+		<-done
+		return true
+	case <-st.ended:
+		return false
+	}
+}
+
+// welcome checks who a proxy is, waits for the first World and registers it.
+func (v *service) welcome(ctx context.Context, node *corev3.Node) (*stream, error) {
+	identity, err := lb.ParseIdentity(node.GetId())
+	if err != nil {
+		return nil, status.Error(codes.InvalidArgument, err.Error())
+	}
+	select {
+	case <-v.ready:
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	case <-v.ctx.Done():
+		return nil, errStopping
+	}
+	if v.cfg.Admit != nil {
+		if identity, err = v.cfg.Admit(identity); err != nil {
+			if _, ok := status.FromError(err); ok {
+				return nil, err
+			}
+			return nil, status.Error(codes.FailedPrecondition, err.Error())
+		}
+	}
+	if v.tenant != "" && (identity.Role != lb.Sidecar || identity.Tenant != v.tenant) {
+		return nil, status.Errorf(codes.PermissionDenied, "node id %q: this socket serves sidecars of tenant %s only", node.GetId(), v.tenant)
+	}
+	st := &stream{
+		id: identity.String(), identity: identity, version: envoyVersion(node), metadata: metadataOf(node), since: v.cfg.Now(),
+		poke: make(chan struct{}, 1), asks: make(chan func(*state)), replaced: make(chan struct{}), ended: make(chan struct{}),
+	}
+	st.replace = sync.OnceFunc(func() { close(st.replaced) })
+	if err := v.register(ctx, st); err != nil {
+		return nil, err
+	}
+	return st, nil
+}
+
+// register makes a stream the one of its id, after an older one has ended.
+func (s *Server) register(ctx context.Context, st *stream) error {
+	for {
+		s.mu.Lock()
+		old := s.live[st.id]
+		if old == nil {
+			break
+		}
+		now := s.cfg.Now()
+		d, ok := s.duplicates[st.id]
+		if !ok {
+			d.since = now
+		}
+		d.last = now
+		s.duplicates[st.id] = d
+		s.mu.Unlock()
+		old.replace()
+		select {
+		case <-old.ended:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+	defer s.mu.Unlock()
+	var past *state
+	if was := s.gone[st.id]; was != nil && was.version == st.version {
+		past = was.state
+	}
+	delete(s.gone, st.id)
+	st.seq = s.seq
+	st.state = newState(s.world.View(st.identity), s.world.Version(), past)
+	st.position = s.tracker.join()
+	s.live[st.id] = st
+	s.metrics.proxies.WithLabelValues(string(st.identity.Role)).Inc()
+	if hook := s.cfg.OnConnect; hook != nil {
+		now := st.status(true)
+		s.event(func() { hook(now) })
+	}
+	s.cfg.Log.Info("xds: proxy has come", "proxy", st.id, "envoy", st.version)
+	return nil
+}
+
+func (s *Server) unregister(st *stream) {
+	st.final = st.status(false)
+	st.final.Since = s.cfg.Now()
+	st.state.view = nothing{} // lets the World go
+	s.mu.Lock()
+	delete(s.live, st.id)
+	s.gone[st.id] = st
+	s.tracker.leave(st.position)
+	if hook := s.cfg.OnDisconnect; hook != nil {
+		s.event(func() { hook(st.final) })
+	}
+	s.wakeUp()
+	s.mu.Unlock()
+	s.metrics.proxies.WithLabelValues(string(st.identity.Role)).Dec()
+	close(st.ended)
+}
+
+// own is the owner's loop: it feeds the state and hands what comes out to the
+// sender, one response at a time, so that each is made from the newest World.
+func (v *service) own(st *stream, gs grpc.ServerStream, requests <-chan *discovery.DeltaDiscoveryRequest, failed <-chan error) error {
+	out, sent := make(chan *response, 1), make(chan struct{}, 1)
+	defer close(out)
+	v.wg.Go(func() { v.send(gs, out, sent) })
+	var at position // last told to the tracker
+	for idle := true; ; {
+		if idle {
+			if r := st.state.next(); r != nil {
+				out <- r
+				idle = false
+			}
+		}
+		if now := st.state.progress(); now != at {
+			at = now
+			v.tracker.move(st.position, at)
+			v.wakeUp()
+		}
+		select {
+		case q := <-requests:
+			v.handle(st, q)
+		case <-sent:
+			idle = true
+		case <-st.poke:
+			v.advance(st)
+		case f := <-st.asks:
+			f(st.state)
+		case err := <-failed:
+			return err
+		case <-gs.Context().Done():
+			return gs.Context().Err()
+		case <-st.replaced:
+			return status.Errorf(codes.Aborted, "node id %q: a newer proxy has come with this id", st.id)
+		case <-v.ctx.Done():
+			return errStopping
+		}
+	}
+}
+
+// send is the sender's loop. When sending fails the stream has ended, which the
+// owner sees by itself.
+func (v *service) send(gs grpc.ServerStream, out <-chan *response, sent chan<- struct{}) {
+	for r := range out {
+		if gs.SendMsg(r) != nil {
+			return
+		}
+		v.metrics.responses[r.Type].Inc()
+		v.metrics.bytes.Add(float64(r.size()))
+		sent <- struct{}{}
+	}
+}
+
+func (v *service) handle(st *stream, q *discovery.DeltaDiscoveryRequest) {
+	t, ok := envoy.TypeOf(q.GetTypeUrl())
+	if !ok {
+		v.cfg.Log.Debug("xds: proxy asks for a type that is not served", "proxy", st.id, "type", q.GetTypeUrl())
+		return
+	}
+	if e := q.GetErrorDetail(); e != nil {
+		v.metrics.nacks[t].Inc()
+	}
+	rejected := st.state.request(t, q, v.cfg.Now())
+	if len(rejected) == 0 {
+		return
+	}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	for _, r := range rejected {
+		v.cfg.Log.Warn("xds: proxy refuses a resource and goes on without that version", "proxy", st.id, "type", r.Type, "name", r.Name.Name, "version", r.version, "reason", r.message)
+		if hook := v.cfg.OnReject; hook != nil {
+			v.event(func() { hook(st.id, r.Name, r.version, r.message) })
+		}
+	}
+}
+
+// advance moves a stream to the newest World.
+func (s *Server) advance(st *stream) {
+	s.mu.Lock()
+	world, seq, changes := s.since(st.seq)
+	s.mu.Unlock()
+	st.seq = seq
+	if world.Version() != st.state.version {
+		st.state.update(world.View(st.identity), world.Version(), changes...)
+	}
+}
