@@ -13,7 +13,6 @@ import (
 	"github.com/google/go-cmp/cmp"
 	rpcstatus "google.golang.org/genproto/googleapis/rpc/status"
 
-	"github.com/roostmesh/roost/lb"
 	"github.com/roostmesh/roost/xds/envoy"
 )
 
@@ -25,7 +24,7 @@ type fakeWorld struct {
 }
 
 func (w fakeWorld) Version() uint64                  { return w.version }
-func (w fakeWorld) View(lb.Identity) envoy.View      { return w }
+func (w fakeWorld) View(envoy.Proxy) envoy.View      { return w }
 func (w fakeWorld) Get(n envoy.Name) *envoy.Resource { return w.resources[n] }
 func (w fakeWorld) All(t envoy.Type) iter.Seq[*envoy.Resource] {
 	return func(yield func(*envoy.Resource) bool) {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"slices"
 	"sync"
 	"time"
 
@@ -235,7 +236,7 @@ func (s *Server) register(ctx context.Context, st *stream) error {
 	}
 	delete(s.gone, st.id)
 	st.seq = s.seq
-	st.state = newState(s.world.View(st.identity), s.world.Version(), past)
+	st.state = newState(s.world.View(st.proxy()), s.world.Version(), past)
 	st.position = s.tracker.join()
 	s.live[st.id] = st
 	s.metrics.proxies.WithLabelValues(string(st.identity.Role)).Inc()
@@ -346,7 +347,14 @@ func (s *Server) advance(st *stream) {
 	world, seq, changes := s.since(st.seq)
 	s.mu.Unlock()
 	st.seq = seq
+	for i, c := range changes {
+		if st.identity.Role == lb.Node && slices.Contains(c.Nodes, st.identity.Node) {
+			changes[i].Views = true
+		}
+	}
 	if world.Version() != st.state.version {
-		st.state.update(world.View(st.identity), world.Version(), changes...)
+		st.state.update(world.View(st.proxy()), world.Version(), changes...)
 	}
 }
+
+func (st *stream) proxy() envoy.Proxy { return envoy.ProxyOf(st.identity, st.metadata) }

@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"errors"
-	"io"
 	"os"
 	"time"
 
@@ -33,11 +32,8 @@ func demoVerb(o *options) *cobra.Command {
 		} else if !headless {
 			c.Talk = cmd.OutOrStdout()
 		}
-		if headless && asJSON {
-			c.Commands = nil
-		}
 		if headless {
-			c.Talk = errorsOnly(asJSON, talk)
+			c.Commands = nil
 		}
 		result, err := demo.Run(cmd.Context(), c)
 		if err != nil && !errors.Is(err, context.Canceled) {
@@ -57,6 +53,3 @@ func demoVerb(o *options) *cobra.Command {
 	c.Flags().DurationVar(&duration, "duration", 0, "stay this long after the steps; 0 stays until Ctrl-C")
 	return c
 }
-
-// errorsOnly keeps the talk on stderr where stdout is for JSON.
-func errorsOnly(_ bool, talk io.Writer) io.Writer { return talk }

@@ -2,6 +2,7 @@ package envoy
 
 import (
 	"iter"
+	"strconv"
 
 	"github.com/roostmesh/roost/lb"
 )
@@ -113,6 +114,30 @@ type Change struct {
 type World interface {
 	// Version is the Snapshot's: it grows by one with every change.
 	Version() uint64
-	// View is what a proxy of this identity may hold.
-	View(id lb.Identity) View
+	// View is what a proxy may hold.
+	View(p Proxy) View
 }
+
+// Proxy is whose view is asked for.
+type Proxy struct {
+	lb.Identity
+	// MaxListeners is how many listeners its file descriptors allow; 0 is no
+	// limit. Envoy aborts when they run out, so what is beyond is left out.
+	MaxListeners int
+}
+
+// ProxyOf reads the limits of a proxy from the metadata of its bootstrap.
+func ProxyOf(id lb.Identity, metadata map[string]string) Proxy {
+	p := Proxy{Identity: id}
+	fds, err1 := strconv.Atoi(metadata[MetadataFDs])
+	workers, err2 := strconv.Atoi(metadata[MetadataWorker])
+	if err1 == nil && err2 == nil && workers > 0 {
+		// Each worker has a socket of its own for each listener; a quarter and
+		// some are left for connections.
+		p.MaxListeners = max((fds*3/4-reservedFDs)/workers, 1)
+	}
+	return p
+}
+
+// reservedFDs are what an Envoy needs beside listeners and connections.
+const reservedFDs = 128

@@ -249,15 +249,52 @@ func (t *Translation) Since(prev *Translation) Change {
 	return c
 }
 
-// View is what a proxy of this identity may hold.
-func (t *Translation) View(id lb.Identity) View {
-	return &view{world: t, id: id, sight: t.snapshot.SightOf(id)}
+// View is what a proxy may hold.
+func (t *Translation) View(p Proxy) View { return t.view(p) }
+
+func (t *Translation) view(p Proxy) *view {
+	v := &view{world: t, id: p.Identity, sight: t.snapshot.SightOf(p.Identity)}
+	if p.MaxListeners > 0 && p.MaxListeners < v.atMost() {
+		v.beyond = v.cut(p.MaxListeners)
+	}
+	return v
 }
+
+// Beyond counts the listeners that a proxy should have and is not given,
+// because its file descriptors would run out.
+func (t *Translation) Beyond(p Proxy) int { return len(t.view(p).beyond) }
 
 type view struct {
 	world *Translation
 	id    lb.Identity
 	sight lb.Sight
+	// beyond are the listeners left out; nil in nearly every proxy.
+	beyond map[string]bool
+}
+
+// atMost is cheap to know and no less than the view's number of listeners.
+func (v *view) atMost() int {
+	n := len(v.world.public) + 1
+	for _, s := range v.world.order {
+		n += len(s.service.Ports)
+	}
+	return n
+}
+
+// cut lists the listeners beyond the first limit ones by name; the capture
+// listener, without which none works, is always kept.
+func (v *view) cut(limit int) map[string]bool {
+	out := map[string]bool{}
+	for r := range v.All(Listener) {
+		switch {
+		case r.Name.Name == CaptureListener:
+		case limit > 0:
+			limit--
+		default:
+			out[r.Name.Name] = true
+		}
+	}
+	return out
 }
 
 func (v *view) sees(s *serviceSet) bool { return v.sight.Sees(s.service) }
@@ -291,6 +328,9 @@ func (v *view) captured() bool {
 
 // Get returns a resource by name, or nil where this proxy has none.
 func (v *view) Get(n Name) *Resource {
+	if n.Type == Listener && v.beyond[n.Name] {
+		return nil
+	}
 	if n.Type == Extension {
 		if v.id.Role != lb.Node || !v.knowsRule(n.Name) {
 			return nil
@@ -396,6 +436,9 @@ func (v *view) All(t Type) iter.Seq[*Resource] {
 		}
 	}
 	slices.SortFunc(list, compareResources)
+	if t == Listener && len(v.beyond) > 0 {
+		list = slices.DeleteFunc(list, func(r *Resource) bool { return v.beyond[r.Name.Name] })
+	}
 	return slices.Values(list)
 }
 
@@ -403,7 +446,7 @@ func (v *view) All(t Type) iter.Seq[*Resource] {
 // listeners, and by following them their endpoints, routes, rules and secrets.
 func (t *Translation) Everything(id lb.Identity) iter.Seq[*Resource] {
 	return func(yield func(*Resource) bool) {
-		v := t.View(id)
+		v := t.View(Proxy{Identity: id})
 		seen := map[Name]bool{}
 		var follow func(r *Resource) bool
 		follow = func(r *Resource) bool {

@@ -31,6 +31,7 @@ import (
 	"github.com/roostmesh/roost/lb"
 	"github.com/roostmesh/roost/lb/ledger"
 	"github.com/roostmesh/roost/xds"
+	"github.com/roostmesh/roost/xds/envoy"
 )
 
 // Names of the sources.
@@ -72,6 +73,7 @@ type Daemon struct {
 	refused  atomic.Pointer[refusal] // of the last reload; nil when it was good
 	progress atomic.Pointer[xds.Progress]
 
+	world        atomic.Pointer[envoy.Translation]
 	hostProblems atomic.Pointer[[]lb.Problem]
 }
 

@@ -55,6 +55,7 @@ func (d *Daemon) Problems() []lb.Problem {
 		all = slices.Clone(s.Problems)
 	}
 	all = append(all, d.XDS.Problems()...)
+	all = append(all, d.limits()...)
 	all = append(all, d.DNS.Problems()...)
 	for _, p := range d.files.Problems() {
 		out := lb.Problem{Code: "certificate_invalid", Severity: discovery.SeverityError, Object: "certificate " + p.File.CertFile, Place: p.Origin, Message: p.Err.Error() + "; the last good one stays in use", Fix: "put a valid certificate and its key there; they are read again at once", Since: p.Since}
@@ -152,3 +153,22 @@ func (d *Daemon) Certificate(c lb.Certificate) (*certs.Pair, error) {
 
 // SetHostProblems replaces what is wrong with this host.
 func (d *Daemon) SetHostProblems(list []lb.Problem) { d.hostProblems.Store(&list) }
+
+// limits names the proxies whose file descriptors do not suffice for all of
+// their listeners.
+func (d *Daemon) limits() []lb.Problem {
+	world := d.world.Load()
+	if world == nil {
+		return nil
+	}
+	var out []lb.Problem
+	for _, p := range d.XDS.Proxies() {
+		limit := envoy.ProxyOf(p.Identity, p.Metadata)
+		if beyond := world.Beyond(limit); p.Connected && beyond > 0 {
+			out = append(out, lb.Problem{Code: "listener_limit", Severity: discovery.SeverityError, Object: p.ID, Place: "file descriptors " + p.Metadata[envoy.MetadataFDs],
+				Message: fmt.Sprintf("its file descriptors allow %d listeners; %d more are left out, and callers of those services on that host do not reach them", limit.MaxListeners, beyond),
+				Fix:     "raise the limit (systemd: LimitNOFILE=, Docker: --ulimit nofile=, shell: ulimit -n), start Envoy with a lower --concurrency, or let the proxy see fewer tenants"})
+		}
+	}
+	return out
+}

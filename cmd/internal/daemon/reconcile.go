@@ -138,6 +138,7 @@ func (r *reconciler) build(ctx context.Context) {
 		world := envoy.Translate(r.world, snapshot, r.d.files.Pairs())
 		r.d.XDS.Publish(world, world.Since(r.world))
 		r.world, r.served = world, true
+		r.d.world.Store(world)
 	}
 	r.d.Events.Add(append(changes, differences(prev, snapshot)...)...)
 	r.d.observeProgress()
