@@ -172,13 +172,23 @@ func runEnvoy(ctx context.Context, f proxyFlags, path string, extra []string, ou
 	if err != nil {
 		return exit(exitFailed, err)
 	}
-	if id.Role != lb.Gateway {
-		host.InstallGuard(c, log)
-	}
+	host.InstallGuard(guardOf(c, id), log)
 	if err := s.Run(ctx); err != nil {
 		return exit(exitFailed, fmt.Errorf("envoy: %w", err))
 	}
 	return nil
+}
+
+// guardOf are the rules for the namespace of this Envoy.
+func guardOf(c *config.Config, id lb.Identity) host.Rules {
+	r := host.RulesFor(c, envoy.CapturePort)
+	if id.Role != lb.Node {
+		r.Tproxy = 0
+	}
+	if id.Role == lb.Sidecar && c.Model.CaptureSidecar == lb.CaptureNft {
+		r.Redirect = envoy.CapturePort
+	}
+	return r
 }
 
 // workers is the concurrency that Envoy will run with.

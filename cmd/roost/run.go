@@ -18,6 +18,7 @@ import (
 	"github.com/roostmesh/roost/cmd/internal/config"
 	"github.com/roostmesh/roost/cmd/internal/daemon"
 	"github.com/roostmesh/roost/cmd/internal/host"
+	"github.com/roostmesh/roost/xds/envoy"
 )
 
 const (
@@ -74,7 +75,7 @@ func serve(ctx context.Context, path string, out, talk io.Writer) error {
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return d.Run(ctx) })
 	group.Go(func() error { return admin.Serve(ctx, handler, log, tcp, unix) })
-	group.Go(func() error { return host.Guard(ctx, c, log, d.SetHostProblems) })
+	group.Go(func() error { return host.Guard(ctx, c, d.Snapshot, envoy.CapturePort, log, d.SetHostProblems) })
 	group.Go(func() error {
 		announce(ctx, d, tcp, out, log)
 		return nil

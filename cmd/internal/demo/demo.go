@@ -14,6 +14,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -21,6 +22,7 @@ import (
 	"time"
 
 	"github.com/roostmesh/roost/cmd/binaries"
+	"github.com/roostmesh/roost/cmd/internal/host"
 )
 
 // Config says how the demo runs.
@@ -89,7 +91,7 @@ func Run(ctx context.Context, c Config) (result Result, err error) {
 		return result, err
 	}
 	s := &stage{config: c, dir: dir, apps: map[string]*app{}, at: map[string]*app{}}
-	defer func() { err = errors.Join(err, s.close(ctx)) }()
+	defer func() { err = errors.Join(err, s.close()) }()
 	result = Result{EnvoyVersion: c.Version}
 	if err := s.open(ctx); err != nil {
 		return result, err
@@ -298,9 +300,8 @@ func (s *stage) stay(ctx context.Context) {
 	<-ctx.Done()
 }
 
-// close ends everything that was started; after an end that nobody asked for
-// the logs are kept.
-func (s *stage) close(ctx context.Context) error {
+// close ends everything that was started.
+func (s *stage) close() error {
 	if s.load != nil {
 		s.load.stop()
 	}
@@ -314,6 +315,11 @@ func (s *stage) close(ctx context.Context) error {
 		if a != nil {
 			a.close()
 		}
+	}
+	if pool, err := netip.ParsePrefix(s.pool); err == nil {
+		// Put there by roost run where it may; a failure leaves rules for
+		// addresses that nobody uses.
+		_ = host.Remove(host.Rules{Pools: []netip.Prefix{pool}})
 	}
 	return os.RemoveAll(s.dir)
 }
