@@ -45,7 +45,7 @@ func outbound(c *lb.Config, s *lb.Service, p *lb.Port, role lb.Role, captured bo
 	var filters []*listenerv3.Filter
 	var refs []Name
 	if role == lb.Node {
-		rule := callersName(s)
+		rule := callersName(s, lb.IsHTTP(p.Protocol))
 		filters = append(filters, callersFilter(rule))
 		refs = append(refs, Name{Extension, rule})
 	}

@@ -352,12 +352,12 @@ func (v *view) Get(n Name) *Resource {
 // knowsRule keeps what a proxy may ask for to rules that services have: a name
 // costs memory.
 func (v *view) knowsRule(name string) bool {
-	tenant, _, ok := parseCallers(name)
+	tenant, _, http, ok := parseCallers(name)
 	if !ok {
 		return false
 	}
 	return slices.ContainsFunc(v.world.order, func(s *serviceSet) bool {
-		return s.service.Key.Tenant == tenant && v.sees(s) && callersName(s.service) == name
+		return s.service.Key.Tenant == tenant && v.sees(s) && callersName(s.service, http) == name
 	})
 }
 
