@@ -47,7 +47,7 @@ type Config struct {
 	InternalPools  []netip.Prefix // one IPv4, at most one IPv6
 	DedicatedPools []DedicatedPool
 
-	CaptureNode    string // CaptureBind or CaptureTproxy
+	CaptureNode    string // CaptureBind, CaptureNft or CaptureTproxy
 	CaptureSidecar string // CaptureBind or CaptureNft
 
 	Loopback    string // LoopbackAll, LoopbackNone or a tenant
@@ -61,7 +61,8 @@ type Config struct {
 	Routes    []*RouteSpec
 }
 
-// How pool addresses reach Envoy.
+// How pool addresses reach Envoy: each bound by a listener, or all captured by
+// rules of the host. On a node nft and tproxy name the same capture.
 const (
 	CaptureBind   = "bind"
 	CaptureTproxy = "tproxy"

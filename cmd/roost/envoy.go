@@ -183,10 +183,10 @@ func runEnvoy(ctx context.Context, f proxyFlags, path string, extra []string, ou
 func guardOf(c *config.Config, id lb.Identity) host.Rules {
 	r := host.RulesFor(c, envoy.CapturePort)
 	if id.Role != lb.Node {
-		r.Tproxy = 0
+		r.Capture, r.Everybody = 0, false
 	}
-	if id.Role == lb.Sidecar && c.Model.CaptureSidecar == lb.CaptureNft {
-		r.Redirect = envoy.CapturePort
+	if id.Role == lb.Sidecar && c.Model.CaptureSidecar != lb.CaptureBind {
+		r.Capture = envoy.CapturePort
 	}
 	return r
 }

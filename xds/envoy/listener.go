@@ -83,14 +83,15 @@ func closing(match *listenerv3.FilterChainMatch) *listenerv3.FilterChain {
 // capture takes what the host's rules redirect and hands each connection to
 // the listener of the address that was dialled; others are closed.
 func capture(role lb.Role) *Resource {
+	at := "127.0.0.1"
+	if role == lb.Node {
+		at = "0.0.0.0" // callers of other namespaces are redirected to the address of their bridge
+	}
 	l := &listenerv3.Listener{
-		Name: CaptureListener, Address: address("127.0.0.1", CapturePort), TrafficDirection: corev3.TrafficDirection_OUTBOUND,
+		Name: CaptureListener, Address: address(at, CapturePort), TrafficDirection: corev3.TrafficDirection_OUTBOUND,
 		UseOriginalDst: wrapperspb.Bool(true), EnableReusePort: wrapperspb.Bool(false), PerConnectionBufferLimitBytes: u32(bufferLimit),
 		ListenerFilters: []*listenerv3.ListenerFilter{{Name: "envoy.filters.listener.original_dst", ConfigType: &listenerv3.ListenerFilter_TypedConfig{TypedConfig: pack(&originaldstv3.OriginalDst{})}}},
 		FilterChains:    []*listenerv3.FilterChain{closing(nil)},
-	}
-	if role == lb.Node {
-		l.Transparent = wrapperspb.Bool(true)
 	}
 	return encode(Listener, CaptureListener, l)
 }

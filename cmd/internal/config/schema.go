@@ -33,7 +33,7 @@ var enums = map[reflect.Type]map[string][]string{
 	reflect.TypeFor[balancingDoc](): {"policy": policies},
 	reflect.TypeFor[logDoc]():       {"level": {"debug", "info", "warn", "error"}, "format": {"text", "json"}},
 	reflect.TypeFor[accessLogDoc](): {"format": {"json", "text", "none"}, "proxies": {"gateway", "all"}, "errors": {"all", "none"}},
-	reflect.TypeFor[captureDoc]():   {"node": {"bind", "tproxy"}, "sidecar": {"bind", "nft"}},
+	reflect.TypeFor[captureDoc]():   {"node": {"bind", "tproxy", "nft"}, "sidecar": {"bind", "nft"}},
 	reflect.TypeFor[file.Row]():     {"health": {"passing", "warning", "critical", "maintenance"}},
 }
 

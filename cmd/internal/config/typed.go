@@ -76,7 +76,7 @@ func (b *builder) general() {
 	if b.config.DataDir == "" {
 		b.config.DataDir = defaultDataDir()
 	}
-	m.CaptureNode = b.oneOf(d.Capture.Place, "node", d.Capture.Node, lb.CaptureBind, lb.CaptureTproxy)
+	m.CaptureNode = b.oneOf(d.Capture.Place, "node", d.Capture.Node, lb.CaptureBind, lb.CaptureTproxy, lb.CaptureNft)
 	m.CaptureSidecar = b.oneOf(d.Capture.Place, "sidecar", d.Capture.Sidecar, lb.CaptureBind, lb.CaptureNft)
 	m.Loopback, m.LoopbackSet = cmp.Or(d.Loopback, lb.LoopbackAll), d.Loopback != ""
 	if l := m.Loopback; l != lb.LoopbackAll && l != lb.LoopbackNone && !b.hasTenant(l) {

@@ -221,3 +221,184 @@ func TestContainersReachTheirTenantOnly(t *testing.T) {
 		t.Errorf("the problem's fix is %q, want the clients line", p.Fix)
 	}
 }
+
+// engineRules are what a container engine installs to publish the other
+// tenant's container at port 80 of every local address.
+func (w *routed) engineRules() {
+	w.t.Helper()
+	w.sh("iptables", "-t", "nat", "-A", "PREROUTING", "-m", "addrtype", "--dst-type", "LOCAL", "-p", "tcp", "--dport", "80", "-j", "DNAT", "--to-destination", "10.42.1.11:80")
+	w.sh("sysctl", "-q", "-w", "net.ipv4.ip_forward=1")
+}
+
+// TestNothingElseAnswersForAService: with a process on 0.0.0.0 at the service's
+// port and a container engine's rules that send port 80 of every local address
+// to the other tenant's container, not one byte of either reaches a caller.
+func TestNothingElseAnswersForAService(t *testing.T) {
+	w := newRouted(t, routedConfig)
+	w.engineRules()
+	// Without an Envoy nobody answers.
+	w.app("http", "squatter", "0.0.0.0:80")
+	for _, port := range []string{"", ":5432"} {
+		if got := w.acme.call("http", "http://"+w.shop+port+"/"); !strings.HasPrefix(got, "failed") {
+			t.Errorf("without Envoy acme gets %q from its shop, want nothing", got)
+		}
+	}
+	// The check bites: without the guard the other tenant's container answers.
+	tables := w.sh("nft", "list", "tables", "inet")
+	for line := range strings.SplitSeq(strings.TrimSpace(tables), "\n") {
+		w.sh("nft", "delete", "table", "inet", strings.TrimPrefix(line, "table inet "))
+	}
+	if got := w.acme.call("http", "http://"+w.shop+"/"); !strings.Contains(got, "globex-shop") {
+		t.Fatalf("without the guard acme gets %q: this test would not notice a leak", got)
+	}
+	// Roost puts the guard back by itself.
+	until(t, "the guard is back", func() error {
+		if got := w.acme.call("http", "http://"+w.shop+"/"); !strings.HasPrefix(got, "failed") {
+			return errors.New(got)
+		}
+		return nil
+	})
+	// The port is taken: that one listener is refused, and said to be; the
+	// other services of the proxy work.
+	w.envoy("--node", "h1")
+	p := w.problem("listener_address_in_use")
+	if !strings.Contains(p.Fix, "capture: {node: tproxy}") {
+		t.Errorf("fix is %q, want the way out by capture", p.Fix)
+	}
+	until(t, "acme reaches its database", func() error {
+		if got := w.acme.call("tcp", w.db+":5432"); got != "got acme-db" {
+			return errors.New(got)
+		}
+		return nil
+	})
+	if got := w.acme.call("http", "http://"+w.shop+"/"); !strings.HasPrefix(got, "failed") {
+		t.Errorf("with the port taken acme gets %q, want nothing", got)
+	}
+}
+
+// TestTakenPortIsCaptured: with capture: tproxy a node proxy serves a service
+// although another process holds 0.0.0.0 at its port, for containers and for
+// the host itself, and tells tenants apart as before.
+func TestTakenPortIsCaptured(t *testing.T) {
+	w := newRouted(t, "capture: {node: tproxy}\n"+routedConfig)
+	w.engineRules()
+	w.app("http", "squatter", "0.0.0.0:80")
+	w.envoy("--node", "h1")
+	until(t, "acme reaches its shop", func() error {
+		if got := w.acme.call("http", "http://"+w.shop+"/"); got != "200  acme-shop" {
+			return errors.New(got)
+		}
+		return nil
+	})
+	for _, c := range []struct {
+		who              host
+		kind, what, want string
+	}{
+		{w.acme, "tcp", w.db + ":5432", "got acme-db"},
+		{w.globex, "tcp", w.db + ":5432", "got"},
+		{w.unknown, "tcp", w.db + ":5432", "got"},
+		{w.globex, "http", "http://" + w.globexShop + "/", "200  globex-shop"},
+		{w.host, "http", "http://" + w.shop + "/", "200  acme-shop"},
+		{w.host, "http", "http://127.0.0.1/", "200  squatter"},
+	} {
+		if got := c.who.call(c.kind, c.what); got != c.want {
+			t.Errorf("%s calls %s: %q, want %q", c.who.ns, c.what, got, c.want)
+		}
+	}
+	// A port that no service has is closed, not the squatter's.
+	w.app("http", "squatter", "0.0.0.0:8081")
+	if got := w.acme.call("http", "http://"+w.shop+":8081/"); !strings.HasPrefix(got, "failed") {
+		t.Errorf("a port without a service answers %q", got)
+	}
+}
+
+const twoHosts = `
+node: %s
+dns: {addresses: ["10.43.0.1:53"], forward: []}
+addresses: {internal: 100.96.0.0/12}
+discovery: {file: {path: services.d}}
+loopback: none
+tenants:
+  acme: {clients: [{cidr: 10.43.0.0/24, node: h1}]}
+  globex: {clients: [{cidr: 10.43.0.0/24, node: h2}]}
+services:
+  - {name: shop, tenant: acme, ports: [{port: 80, protocol: http}]}
+  - {name: db, tenant: acme, ports: [{port: 5432}]}
+  - {name: web, tenant: globex, ports: [{port: 80, protocol: http}]}
+`
+
+// TestSameSubnetOnTwoHosts: one bridge subnet is tenant acme's on the first
+// host and globex's on the second; instances on both hosts serve behind one
+// address; an instance registered by its host's own address makes that host
+// nobody's.
+func TestSameSubnetOnTwoHosts(t *testing.T) {
+	needNetns(t)
+	h1, h2 := machine(t, "h1"), machine(t, "h2")
+	wire(h1, h2, "192.0.2.1/24", "192.0.2.2/24")
+	instances := `
+instances:
+  - {tenant: acme, service: shop, id: s1, node: h1, address: "192.0.2.1:9001"}
+  - {tenant: acme, service: shop, id: s2, node: h2, address: "192.0.2.2:9001"}
+  - {tenant: acme, service: db, id: d1, node: h2, address: "192.0.2.2:9003"}
+  - {tenant: globex, service: web, id: w1, node: h1, address: "192.0.2.1:9002"}
+`
+	var roosts []*roost
+	var callers []host
+	for i, h := range []host{h1, h2} {
+		h.bridge("br0", "10.43.0.1/24")
+		callers = append(callers, h.container(fmt.Sprintf("c%d", i+1), "br0", "10.43.0.2/24", "10.43.0.1", "10.43.0.1"))
+		r := newRoost(h, fmt.Sprintf(twoHosts, fmt.Sprintf("h%d", i+1)))
+		r.file("services.d/i.yaml", instances)
+		roosts = append(roosts, r.serve())
+		r.envoy("--node", fmt.Sprintf("h%d", i+1))
+	}
+	h1.app("http", "shop-on-h1", "192.0.2.1:9001")
+	h1.app("http", "web-on-h1", "192.0.2.1:9002")
+	h2.app("http", "shop-on-h2", "192.0.2.2:9001")
+	h2.app("tcp", "db-on-h2", "192.0.2.2:9003")
+	shop, db, web := roosts[0].address("acme/shop"), roosts[0].address("acme/db"), roosts[0].address("globex/web")
+	for i, want := range []string{shop, db, web} {
+		if got := roosts[1].address([]string{"acme/shop", "acme/db", "globex/web"}[i]); got != want {
+			t.Fatalf("the second host derives %s, the first %s", got, want)
+		}
+	}
+	seen := map[string]bool{}
+	until(t, "acme's caller reaches instances on both hosts", func() error {
+		seen[callers[0].call("http", "http://"+shop+"/")] = true
+		if !seen["200  shop-on-h1"] || !seen["200  shop-on-h2"] {
+			return fmt.Errorf("seen %v", seen)
+		}
+		return nil
+	})
+	until(t, "globex's caller reaches its service from the other host", func() error {
+		if got := callers[1].call("http", "http://"+web+"/"); got != "200  web-on-h1" {
+			return errors.New(got)
+		}
+		return nil
+	})
+	for _, c := range []struct {
+		who        host
+		what, want string
+	}{
+		{callers[0], db + ":5432", "got db-on-h2"},
+		{callers[1], db + ":5432", "got"},
+		{h1, db + ":5432", "got"}, // loopback: none
+	} {
+		if got := c.who.call("tcp", c.what); got != c.want {
+			t.Errorf("%s calls %s: %q, want %q", c.who.ns, c.what, got, c.want)
+		}
+	}
+	if got := callers[0].getent("web.globex.roost") + callers[1].getent("shop.acme.roost"); got != "" {
+		t.Errorf("a tenant resolves the other's service to %q", got)
+	}
+	// Each host knows its own addresses, so each is asked about its callers.
+	for i, c := range []map[string]string{{"192.0.2.1": "nobody", "10.43.0.2": "acme"}, {"192.0.2.2": "nobody", "10.43.0.2": "globex"}} {
+		for at, want := range c {
+			var a struct{ View, Why string }
+			roosts[i].json(&a, "resolve", "shop.acme.roost", "--from", at)
+			if a.View != want {
+				t.Errorf("on host %d %s is %q (%s), want %q", i+1, at, a.View, a.Why, want)
+			}
+		}
+	}
+}

@@ -30,13 +30,14 @@ const guardEvery = 10 * time.Second
 // Rules are what the kernel should do with connections to pool addresses.
 type Rules struct {
 	Pools []netip.Prefix
-	// Tproxy hands the pool's TCP to a transparent listener at this port; 0 is
-	// no capture.
-	Tproxy uint16
-	// Redirect redirects TCP from this namespace's own processes to this port;
-	// 0 is no capture. It needs connection tracking, so that the pool is not
-	// taken out of it.
-	Redirect uint16
+	// Capture redirects the pool's TCP to this port, where Envoy learns from
+	// connection tracking what was dialled; 0 is no capture, and the pool is
+	// taken out of connection tracking. (A transparent socket would need none,
+	// but bridges that pass their packets through the kernel's filters, as
+	// container engines make them do, lose it on the way.)
+	Capture uint16
+	// Everybody captures what comes from other namespaces, too.
+	Everybody bool
 }
 
 // RulesFor are the rules of a host that runs `roost run` or a node proxy.
@@ -45,8 +46,8 @@ func RulesFor(c *config.Config, captured uint16) Rules {
 	for _, p := range c.Model.DedicatedPools {
 		r.Pools = append(slices.Clone(r.Pools), p.Prefix)
 	}
-	if c.Model.CaptureNode == lb.CaptureTproxy {
-		r.Tproxy = captured
+	if c.Model.CaptureNode != lb.CaptureBind {
+		r.Capture, r.Everybody = captured, true
 	}
 	return r
 }
@@ -85,9 +86,9 @@ func keep(c *config.Config, captured uint16, s *lb.Snapshot, replace bool) ([]lb
 	}
 	if err != nil {
 		problems = append(problems, unguarded(c, s)...)
-		if c.Model.CaptureNode == lb.CaptureTproxy {
+		if c.Model.CaptureNode != lb.CaptureBind {
 			problems = append(problems, lb.Problem{Code: "capture_missing", Severity: discovery.SeverityError, Object: "host " + c.Model.Node, Place: "capture.node",
-				Message: "capture: {node: tproxy} is not in place: " + err.Error(), Fix: "run roost with CAP_NET_ADMIN, or write capture: {node: bind}"})
+				Message: "capture of the pool is not in place: " + err.Error(), Fix: "run roost with CAP_NET_ADMIN, or write capture: {node: bind}"})
 		}
 	}
 	if !c.Routed() {

@@ -102,20 +102,22 @@ func chain(c *nftables.Conn, t *nftables.Table, name string, kind nftables.Chain
 // connection tracking, and so out of any engine's address translation.
 const beforeConntrack nftables.ChainPriority = -300
 
+// beforeEngines is the priority at which a capture comes before the address
+// translation of container engines (-100): the first one decides.
+const beforeEngines nftables.ChainPriority = -150
+
 func (r Rules) add(c *nftables.Conn, t *nftables.Table) {
 	input := chain(c, t, "input", nftables.ChainTypeFilter, nftables.ChainHookInput, *nftables.ChainPriorityFilter)
-	var out []*nftables.Chain
-	if r.Redirect == 0 {
-		out = append(out,
+	var raw, nat []*nftables.Chain
+	if r.Capture == 0 {
+		raw = append(raw,
 			chain(c, t, "prerouting_raw", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, beforeConntrack),
 			chain(c, t, "output_raw", nftables.ChainTypeFilter, nftables.ChainHookOutput, beforeConntrack))
-	}
-	var mangle, nat *nftables.Chain
-	if r.Tproxy != 0 {
-		mangle = chain(c, t, "prerouting_capture", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, *nftables.ChainPriorityMangle)
-	}
-	if r.Redirect != 0 {
-		nat = chain(c, t, "output_capture", nftables.ChainTypeNAT, nftables.ChainHookOutput, *nftables.ChainPriorityNATDest)
+	} else {
+		nat = append(nat, chain(c, t, "output_capture", nftables.ChainTypeNAT, nftables.ChainHookOutput, beforeEngines))
+		if r.Everybody {
+			nat = append(nat, chain(c, t, "prerouting_capture", nftables.ChainTypeNAT, nftables.ChainHookPrerouting, beforeEngines))
+		}
 	}
 	for _, pool := range r.Pools {
 		rule := func(ch *nftables.Chain, parts ...[]expr.Any) {
@@ -125,7 +127,7 @@ func (r Rules) add(c *nftables.Conn, t *nftables.Table) {
 			}
 			c.AddRule(&nftables.Rule{Table: t, Chain: ch, Exprs: all})
 		}
-		for _, ch := range out {
+		for _, ch := range raw {
 			rule(ch, []expr.Any{&expr.Notrack{}})
 		}
 		// A socket on every address must not answer for a service.
@@ -134,19 +136,13 @@ func (r Rules) add(c *nftables.Conn, t *nftables.Table) {
 			&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{1}},
 			&expr.Reject{Type: unix.NFT_REJECT_TCP_RST},
 		})
-		if mangle != nil && pool.Addr().Is4() {
-			rule(mangle, tcp(), []expr.Any{
-				&expr.Immediate{Register: 1, Data: net.IPv4(127, 0, 0, 1).To4()},
-				&expr.Immediate{Register: 2, Data: binaryutil.BigEndian.PutUint16(r.Tproxy)},
-				&expr.TProxy{Family: unix.NFPROTO_IPV4, TableFamily: unix.NFPROTO_INET, RegAddr: 1, RegPort: 2},
-				&expr.Verdict{Kind: expr.VerdictAccept},
-			})
-		}
-		if nat != nil {
-			rule(nat, tcp(), []expr.Any{
-				&expr.Immediate{Register: 1, Data: binaryutil.BigEndian.PutUint16(r.Redirect)},
-				&expr.Redir{RegisterProtoMin: 1},
-			})
+		for _, ch := range nat {
+			if pool.Addr().Is4() {
+				rule(ch, tcp(), []expr.Any{
+					&expr.Immediate{Register: 1, Data: binaryutil.BigEndian.PutUint16(r.Capture)},
+					&expr.Redir{RegisterProtoMin: 1},
+				})
+			}
 		}
 	}
 }
