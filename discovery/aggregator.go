@@ -42,7 +42,9 @@ const (
 	defaultProbeEvery = 2 * time.Second
 	probeTimeout      = time.Second
 	deadAfterProbes   = 3
-	saveEvery         = time.Second
+	// A change is kept within saveTick, but no more often than saveEvery.
+	saveTick  = 100 * time.Millisecond
+	saveEvery = time.Second
 )
 
 // Aggregator merges sources into a Catalog. Its state is owned by the
@@ -115,7 +117,8 @@ func (a *Aggregator) Run(ctx context.Context) error {
 func (a *Aggregator) loop(ctx context.Context, m *merge, results chan probeResult, group *errgroup.Group) error {
 	probe := time.NewTicker(a.config.ProbeEvery)
 	defer probe.Stop()
-	save := time.NewTicker(saveEvery)
+	save := time.NewTicker(saveTick)
+	var saved time.Time
 	defer save.Stop()
 	for {
 		changed := false
@@ -132,8 +135,10 @@ func (a *Aggregator) loop(ctx context.Context, m *merge, results chan probeResul
 			changed = m.probed(r)
 		case <-probe.C:
 			a.startProbes(ctx, m, results, group)
-		case <-save.C:
-			m.save()
+		case now := <-save.C:
+			if now.Sub(saved) >= saveEvery && m.save() {
+				saved = now
+			}
 		}
 		if changed {
 			a.publish(m.catalog())
@@ -250,6 +255,7 @@ type sourceState struct {
 type scopeState struct {
 	Instances []*Instance `json:"instances"`
 	Index     uint64      `json:"index"`
+	Identity  string      `json:"identity,omitempty"`
 	problems  []Problem
 }
 
@@ -336,11 +342,11 @@ func (m *merge) touch(k Key, t touched) {
 func (m *merge) completed(s *sourceState, u Update) bool {
 	changed := !s.status.Ready
 	s.status.Ready, s.complete = true, true
-	for scope, old := range s.scopes {
+	for scope := range s.scopes {
 		if slices.Contains(u.Scopes, scope) {
 			continue
 		}
-		changed = m.replace(s, Update{Source: u.Source, Scope: scope, Index: u.Index, Seen: u.Seen, Regressed: u.Regressed || (u.Index != 0 && u.Index < old.Index)}) || changed
+		changed = m.replace(s, Update{Source: u.Source, Scope: scope, Index: u.Index, Seen: u.Seen, Identity: u.Identity, Regressed: u.Regressed}) || changed
 	}
 	return changed
 }
@@ -356,8 +362,8 @@ func (m *merge) replace(s *sourceState, u Update) bool {
 	for _, i := range old.Instances {
 		before[idOf(i)] = i
 	}
-	regressed := u.Regressed || (u.Index != 0 && u.Index < old.Index)
-	next := &scopeState{Index: u.Index, problems: u.Problems}
+	regressed := u.Regressed || u.Index != 0 && u.Index < old.Index || u.Identity != "" && old.Identity != "" && u.Identity != old.Identity
+	next := &scopeState{Index: u.Index, Identity: u.Identity, problems: u.Problems}
 	changed := len(u.Problems) != len(old.problems) || !slices.EqualFunc(u.Problems, old.problems, sameProblem)
 	at := touched{u.Index, u.Seen}
 	for n := range u.Instances {
@@ -388,7 +394,7 @@ func (m *merge) replace(s *sourceState, u Update) bool {
 	if len(next.Instances) == 0 && len(next.problems) == 0 {
 		delete(s.scopes, u.Scope)
 	}
-	s.unsaved = s.unsaved || changed || next.Index != old.Index
+	s.unsaved = s.unsaved || changed || next.Index != old.Index || next.Identity != old.Identity
 	s.status.Held = len(s.held)
 	return changed
 }
@@ -431,7 +437,7 @@ func (m *merge) letGo(s *sourceState, id instanceID) bool {
 	if scope == nil {
 		return false
 	}
-	kept := &scopeState{Index: scope.Index, problems: scope.problems}
+	kept := &scopeState{Index: scope.Index, Identity: scope.Identity, problems: scope.problems}
 	for _, i := range scope.Instances {
 		if idOf(i) != id {
 			kept.Instances = append(kept.Instances, i)

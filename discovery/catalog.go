@@ -134,6 +134,11 @@ type Update struct {
 	// Regressed says that the source's index fell: its state was lost or
 	// restored, so absence proves nothing and missing instances are held.
 	Regressed bool
+	// Identity tells one incarnation of the source's state from another: a
+	// registry that was wiped, or another one in its place. Where it differs
+	// from what a scope was last said under, the scope counts as Regressed. ""
+	// says nothing.
+	Identity string
 	// Err is set when the source failed: the last good set stays and is stale.
 	// With an empty Scope the whole source is stale.
 	Err error

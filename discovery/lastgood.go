@@ -69,23 +69,25 @@ func readLastGood(path string) (*lastGood, error) {
 	return &kept, nil
 }
 
-// save writes the sources that changed since the last save. A failure is
-// logged and tried again at the next tick.
-func (m *merge) save() {
+// save writes the sources that changed since the last save, and tells whether
+// there were any. A failure is logged and tried again.
+func (m *merge) save() (tried bool) {
 	if m.config.Dir == "" {
-		return
+		return false
 	}
 	for _, name := range m.config.Remember {
 		s := m.sources[name]
 		if !s.unsaved || !s.complete {
 			continue
 		}
+		tried = true
 		if err := m.write(name, s); err != nil {
 			m.config.Log.Warn("last good catalog was not kept; a restart without the source would miss the newest changes", "source", name, "error", err)
 			continue
 		}
 		s.unsaved = false
 	}
+	return tried
 }
 
 func (m *merge) write(name string, s *sourceState) error {

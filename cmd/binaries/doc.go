@@ -1,10 +1,10 @@
 // Package binaries has one job: the real Envoy and the real Consul as processes of this host. It finds them, fetches or
 // builds what is missing into the user's cache, and runs them.
 //
-// In goes a request for a program (EnvoyOptions, ConsulOptions) or a process (SupervisorConfig, ConsulConfig); out comes
-// a checked Program, a Supervisor that keeps one Envoy alive, or a ConsulAgent with ports of its own. [EnvoyForTest],
-// [ConsulForTest], [StartConsul] and [StartEnvoy] are the same for tests, which take them as a [TB].
+// In goes a request for a program (EnvoyOptions, ConsulOptions) or a process (SupervisorConfig, a command); out comes a
+// checked Program, a Supervisor that keeps one Envoy alive, or a Process. [EnvoyForTest], [ConsulForTest] and [StartEnvoy]
+// are the same for tests, which take them as a [TB].
 //
 // Goroutines: one per child process, locked to its thread, that starts the child and waits for it. Supervisor.Run and
-// ConsulAgent.Stop return only after theirs has ended. Nothing else is left running.
+// Process.Stop return only after theirs has ended. Nothing else is left running.
 package binaries

@@ -54,6 +54,16 @@ func EnvoyForTest(t TB) string {
 	return p.Path
 }
 
+// ConsulForTest returns the path of Consul. A required one is built when it is missing; otherwise the test is skipped.
+func ConsulForTest(t TB) string {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), findTimeout)
+	defer cancel()
+	p, err := FindConsul(ctx, ConsulOptions{Talk: logWriter{t}, NoFetch: !Require("consul")})
+	missing(t, "consul", err)
+	return p.Path
+}
+
 // missing ends the test when err says that a component is not there.
 func missing(t TB, name string, err error) {
 	t.Helper()

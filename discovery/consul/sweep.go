@@ -1,7 +1,11 @@
 package consul
 
 import (
+	"cmp"
 	"context"
+	"fmt"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/hashicorp/consul/api"
@@ -77,7 +81,7 @@ func (w *watcher) ask(ctx context.Context, sv *service) {
 		return
 	}
 	sv.busy.Lock()
-	first, same := sv.index == 0, sv.index == next && sv.epoch == w.epoch.Load()
+	first, same := sv.index == 0, sv.index == next && sv.identity == w.which()
 	sv.busy.Unlock()
 	if same {
 		return
@@ -91,61 +95,51 @@ func (w *watcher) ask(ctx context.Context, sv *service) {
 	w.count()
 }
 
-// identity is which Consul this is: the nodes that it has, each with the index
-// at which it was made. A Consul that was wiped, or another one at the same
-// address, makes its nodes anew.
-type identity struct{ nodes map[string]nodeID }
-
-type nodeID struct {
-	id      string
-	created uint64
-}
-
-// verify looks, after a failure, whether this is still the same Consul. One
-// that has lost its state makes every service's next answer count as such, so
-// that what is missing from it is held, not removed.
+// verify looks, at the start and after a failure, which Consul this is. One
+// that was wiped, or another one at the same address, has another identity, and
+// what is missing from it is held, not removed.
 func (w *watcher) verify(ctx context.Context) error {
-	if !w.suspect.Load() && w.known() {
+	if !w.suspect.Load() && w.which() != "" {
 		return nil
 	}
 	w.verifying.Lock()
 	defer w.verifying.Unlock()
-	if !w.suspect.Load() && w.known() {
+	if !w.suspect.Load() && w.which() != "" {
 		return nil
 	}
 	o, cancel := w.s.options(ctx, 0)
 	defer cancel()
-	list, _, err := w.s.client.Catalog().Nodes(o)
+	nodes, _, err := w.s.client.Catalog().Nodes(o)
 	if err != nil {
-		return err
+		return fmt.Errorf("nodes: %w", err)
 	}
-	now := nodesOf(list)
-	lost := false
-	for name, id := range now {
-		before, ok := w.identity.nodes[name]
-		lost = lost || ok && before != id
-	}
-	if lost {
-		w.epoch.Add(1)
-		w.s.config.Log.Warn("consul has lost its state, or is another one: what it no longer lists is held while it answers", "source", w.s.config.Name)
-	}
+	now := identityOf(nodes)
 	w.mu.Lock()
-	w.identity.nodes = now
+	before := w.identity
+	w.identity = now
 	w.mu.Unlock()
 	w.suspect.Store(false)
+	if before != "" && before != now {
+		w.s.config.Log.Warn("consul has lost its state, or is another one: what it no longer lists is held while it answers", "source", w.s.config.Name, "was", before, "is", now)
+	}
 	return nil
 }
 
-func (w *watcher) known() bool {
+// which is the identity of the Consul that answers; "" before it is known.
+func (w *watcher) which() string {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return w.identity.nodes != nil
+	return w.identity
 }
 
-func nodesOf(list []*api.Node) map[string]nodeID {
-	out := make(map[string]nodeID, len(list))
-	for _, n := range list {
-		out[n.Node] = nodeID{n.ID, n.CreateIndex}
+// identityOf is the oldest node of a catalog with the index at which it was
+// made: a Consul that was wiped makes its nodes anew.
+func identityOf(nodes []*api.Node) string {
+	if len(nodes) == 0 {
+		return "no nodes"
 	}
-	return out
+	oldest := slices.MinFunc(nodes, func(a, b *api.Node) int {
+		return cmp.Or(cmp.Compare(a.CreateIndex, b.CreateIndex), strings.Compare(a.Node, b.Node))
+	})
+	return fmt.Sprintf("%s/%s/%d", oldest.Node, oldest.ID, oldest.CreateIndex)
 }

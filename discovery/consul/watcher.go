@@ -48,7 +48,7 @@ type watcher struct {
 	verifying sync.Mutex // one look at a time
 
 	mu       sync.Mutex
-	identity identity            // guarded by mu
+	identity string              // which Consul this is; "": not known yet; guarded by mu
 	services map[string]*service // guarded by mu
 	own      int                 // services with a query of their own; guarded by mu
 	clock    uint64              // grows with each promotion; guarded by mu
@@ -61,8 +61,8 @@ type watcher struct {
 	problem   string // of the budget, as last emitted; guarded by mu
 }
 
-// service is one watched Consul service. The fields below mu of the watcher are
-// guarded by it; index, epoch and problems belong to whoever has busy.
+// service is one watched Consul service. Its fields are guarded by the
+// watcher's mu; index and identity, of its last answer, by busy.
 type service struct {
 	name string
 
@@ -72,9 +72,9 @@ type service struct {
 	cancel   context.CancelFunc // of its own query; nil: it shares the sweep
 	used     uint64             // clock of its last promotion
 
-	busy  sync.Mutex
-	index uint64
-	epoch uint64
+	busy     sync.Mutex
+	index    uint64
+	identity string
 }
 
 func newWatcher(s *Source, emit func(discovery.Update)) *watcher {
@@ -128,8 +128,6 @@ func (w *watcher) failed(scope string, err error) {
 }
 
 func (w *watcher) watchList(ctx context.Context) error {
-	var last uint64
-	var seenEpoch uint64
 	return w.loop(ctx, "", func(index uint64) (uint64, error) {
 		names, next, err := w.s.list(ctx, index)
 		if err != nil {
@@ -138,14 +136,9 @@ func (w *watcher) watchList(ctx context.Context) error {
 		if err := w.verify(ctx); err != nil {
 			return 0, err
 		}
-		if next < last {
-			w.epoch.Add(1)
-		}
-		regressed := w.epoch.Load() != seenEpoch
-		last, seenEpoch = next, w.epoch.Load()
 		w.take(ctx, names)
 		w.poke(next)
-		w.complete(next, regressed)
+		w.complete(next)
 		return next, nil
 	})
 }
@@ -272,11 +265,9 @@ var errGone = errors.New("service has left the catalog")
 func (w *watcher) answer(sv *service, entries []*api.ServiceEntry, index uint64) (gone bool) {
 	sv.busy.Lock()
 	defer sv.busy.Unlock()
-	u := discovery.Update{Source: w.s.config.Name, Scope: sv.name, Index: index, Seen: time.Now()}
+	u := discovery.Update{Source: w.s.config.Name, Scope: sv.name, Index: index, Identity: w.which(), Seen: time.Now()}
 	u.Instances, u.Problems = w.s.instances(entries)
-	epoch := w.epoch.Load()
-	u.Regressed = index < sv.index || sv.index > 0 && epoch != sv.epoch
-	sv.index, sv.epoch = index, epoch
+	sv.index, sv.identity = index, u.Identity
 	w.emit(u)
 	w.mu.Lock()
 	sv.answered = true
@@ -298,13 +289,13 @@ func (w *watcher) answer(sv *service, entries []*api.ServiceEntry, index uint64)
 	}
 	gone = sv.gone
 	w.mu.Unlock()
-	w.complete(index, u.Regressed)
+	w.complete(index)
 	return gone
 }
 
 // complete ends the first pass, and tells of every later change of the set,
 // when each service of it has answered.
-func (w *watcher) complete(index uint64, regressed bool) {
+func (w *watcher) complete(index uint64) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if !w.listed {
@@ -325,5 +316,5 @@ func (w *watcher) complete(index uint64, regressed bool) {
 		return
 	}
 	w.scopes = scopes
-	w.emit(discovery.Update{Source: w.s.config.Name, Complete: true, Scopes: slices.Clone(scopes), Index: index, Regressed: regressed, Seen: time.Now()})
+	w.emit(discovery.Update{Source: w.s.config.Name, Complete: true, Scopes: slices.Clone(scopes), Index: index, Identity: w.identity, Seen: time.Now()})
 }
