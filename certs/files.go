@@ -135,7 +135,8 @@ func (f *Files) Run(ctx context.Context) error {
 			f.watch(w)
 		case <-w.Events:
 			settled.Reset(settle)
-		case <-w.Errors:
+		case err := <-w.Errors:
+			f.log.Debug("certificate watcher lost events, reading all", "error", err)
 			settled.Reset(settle)
 		case <-settled.C:
 			f.reload()

@@ -65,9 +65,9 @@ func forwardTo(f ...Forwarder) func(*Config) {
 func to(a ...netip.AddrPort) []netip.AddrPort { return a }
 
 func TestForwardByZone(t *testing.T) {
-	any, consul, deep := startUpstream(t, fixed("192.0.2.1")), startUpstream(t, fixed("192.0.2.2")), startUpstream(t, fixed("192.0.2.3"))
+	other, consul, deep := startUpstream(t, fixed("192.0.2.1")), startUpstream(t, fixed("192.0.2.2")), startUpstream(t, fixed("192.0.2.3"))
 	at := start(t, newServer(t, world(), forwardTo(
-		Forwarder{To: to(any)}, Forwarder{Zone: "Consul", To: to(consul)}, Forwarder{Zone: "dc1.consul.", To: to(deep)}, Forwarder{Zone: "roost", To: to(any)})))[0]
+		Forwarder{To: to(other)}, Forwarder{Zone: "Consul", To: to(consul)}, Forwarder{Zone: "dc1.consul.", To: to(deep)}, Forwarder{Zone: "roost", To: to(other)})))[0]
 	for name, want := range map[string]string{
 		"example.com.": "192.0.2.1", "notconsul.": "192.0.2.1", ".": "192.0.2.1", "WEB.service.CONSUL.": "192.0.2.2", "consul.": "192.0.2.2",
 		"web.dc1.consul.": "192.0.2.3", `a\.dc1.consul.`: "192.0.2.2",

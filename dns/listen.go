@@ -35,7 +35,7 @@ type endpoint struct {
 type sockets struct {
 	udp  *net.UDPConn
 	tcp  *net.TCPListener
-	addr netip.AddrPort // with the real port
+	addr netip.AddrPort // with the bound port
 }
 
 func (o *sockets) close() {
@@ -113,8 +113,8 @@ func bind(ctx context.Context, at netip.AddrPort, control func(string, string, s
 			return nil, err
 		}
 		tcp := l.(*net.TCPListener)
-		real := netip.AddrPortFrom(at.Addr(), tcp.Addr().(*net.TCPAddr).AddrPort().Port())
-		p, err := lc.ListenPacket(ctx, "udp"+family, real.String())
+		bound := netip.AddrPortFrom(at.Addr(), tcp.Addr().(*net.TCPAddr).AddrPort().Port())
+		p, err := lc.ListenPacket(ctx, "udp"+family, bound.String())
 		if err != nil {
 			_ = tcp.Close()
 			if last = err; at.Port() == 0 && errors.Is(err, syscall.EADDRINUSE) {
@@ -125,7 +125,7 @@ func bind(ctx context.Context, at netip.AddrPort, control func(string, string, s
 		udp := p.(*net.UDPConn)
 		// The system may give less; queries are lost only in a longer burst.
 		_ = udp.SetReadBuffer(udpReadBuffer)
-		return &sockets{udp: udp, tcp: tcp, addr: real}, nil
+		return &sockets{udp: udp, tcp: tcp, addr: bound}, nil
 	}
 	return nil, last
 }

@@ -161,8 +161,8 @@ func TestTruncation(t *testing.T) {
 			pkt := query(t, "_http._tcp.shop.acme."+snap.Config.Domain, dns.TypeSRV, change...)
 			s := newServer(t, snap)
 			reply, _ := s.handle(pkt, test.client, nil)
-			if max := limit(optOf(t, pkt), test.client); len(reply) > max {
-				t.Errorf("%d bytes, limit %d", len(reply), max)
+			if most := limit(optOf(t, pkt), test.client); len(reply) > most {
+				t.Errorf("%d bytes, limit %d", len(reply), most)
 			}
 			m := ask(t, s, pkt, test.client)
 			more := len(m.Extra)

@@ -63,7 +63,6 @@ type resolvConf struct {
 	info    fs.FileInfo
 	servers []netip.AddrPort
 	err     error
-	since   time.Time // of err
 }
 
 func newForwarding(rules []Forwarder, log *slog.Logger, m *metrics) *forwarding {

@@ -217,21 +217,21 @@ func nameByte(c byte) bool {
 }
 
 // retry releases the refused listeners that the host, not their content, kept
-// from being taken: the same bytes are sent once more. It says whether any was.
-func (s *state) retry() bool {
-	a, b := s.release(textInUse), s.release(textNoPermission)
-	return s.release(textDuplicate) || a || b
+// from being taken: the same bytes are sent once more.
+func (s *state) retry() {
+	for _, text := range []string{textInUse, textNoPermission, textDuplicate} {
+		s.release(text)
+	}
 }
 
-func (s *state) release(text string) (any bool) {
+func (s *state) release(text string) {
 	ts := &s.types[envoy.Listener]
 	for name, f := range ts.refused {
 		if !f.retry && strings.Contains(f.message, text) {
-			f.retry, any = true, true
+			f.retry = true
 			ts.owe(name, s.version)
 		}
 	}
-	return any
 }
 
 // waiting says that the client owes an answer to a response.

@@ -114,7 +114,9 @@ func StartEnvoy(t TB, bootstrap []byte, args ...string) *TestEnvoy {
 	go func() { ended <- s.Run(ctx) }()
 	e.stop = sync.OnceFunc(func() {
 		cancel()
-		<-ended
+		if err := <-ended; err != nil {
+			t.Logf("%v", err)
+		}
 	})
 	t.Cleanup(func() {
 		e.stop()

@@ -42,7 +42,6 @@ type watcher struct {
 	// suspect says that a query has failed since the last look at which Consul
 	// this is; epoch grows when it turns out to have lost its state.
 	suspect atomic.Bool
-	epoch   atomic.Uint64
 	signal  chan uint64 // one slot: something has changed, at this index
 
 	verifying sync.Mutex // one look at a time

@@ -27,7 +27,7 @@ func (p Pool) pick(o Owner, taken func(netip.Addr) bool) (at netip.Addr, probed,
 		limit = min(limit, count.Uint64())
 	}
 	one := big.NewInt(1)
-	for n := uint64(0); n < limit; n++ {
+	for n := range limit {
 		a := add(first, offset)
 		if !taken(a) && !slices.Contains(p.Exclude, a) {
 			return a, n > 0, true

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
@@ -51,16 +52,16 @@ func publicRoutes(l *lb.Listener, routes []*lb.Route) *Resource {
 		rest = redirect(to)
 	}
 	var hosts []*routev3.VirtualHost
-	any := false
+	catchAll := false
 	for _, v := range lb.VirtualHosts(routes) {
-		any = any || v.Domain == lb.AnyHost
+		catchAll = catchAll || v.Domain == lb.AnyHost
 		last := notFound("no_route")
 		if l.RedirectsTo != nil {
 			last = rest
 		}
 		hosts = append(hosts, virtualHost(v, l.Spec.Protocol, last))
 	}
-	if !any {
+	if !catchAll {
 		hosts = append(hosts, &routev3.VirtualHost{Name: lb.AnyHost, Domains: []string{lb.AnyHost}, Routes: []*routev3.Route{rest}})
 	}
 	name := l.Spec.Name
@@ -174,11 +175,7 @@ func match(m lb.Match) *routev3.RouteMatch {
 	if len(m.Methods) == 1 {
 		out.Headers = append(out.Headers, header(":method", exact(m.Methods[0]), false))
 	} else if len(m.Methods) > 1 {
-		any := m.Methods[0]
-		for _, method := range m.Methods[1:] {
-			any += "|" + method
-		}
-		out.Headers = append(out.Headers, header(":method", &matcherv3.StringMatcher{MatchPattern: regex(any)}, false))
+		out.Headers = append(out.Headers, header(":method", &matcherv3.StringMatcher{MatchPattern: regex(strings.Join(m.Methods, "|"))}, false))
 	}
 	for _, h := range m.Headers {
 		out.Headers = append(out.Headers, header(h.Name, text(h), h.Invert))

@@ -116,14 +116,14 @@ func newServiceSet(before *serviceSet, sameConfig bool, c *lb.Config, s *lb.Serv
 }
 
 func newShapes(c *lb.Config, s *lb.Service, mesh []*lb.Route) *shapes {
-	each := func(make func(p *lb.Port) *Resource) func() []*Resource {
+	each := func(encoded func(p *lb.Port) *Resource) func() []*Resource {
 		return sync.OnceValue(func() []*Resource {
 			var out []*Resource
 			for i := range s.Ports {
 				if s.Ports[i].Protocol == lb.UDP {
 					continue
 				}
-				if r := make(&s.Ports[i]); r != nil {
+				if r := encoded(&s.Ports[i]); r != nil {
 					out = append(out, r)
 				}
 			}

@@ -35,10 +35,8 @@ func (a *api) explain(_ context.Context, in *explainInput) (*body[Explanation], 
 		}
 		q.Headers[strings.ToLower(strings.TrimSpace(name))] = strings.TrimSpace(value)
 	}
+	q.From = caller(s, in.From)
 	var err error
-	if q.From, err = caller(s, in.From); err != nil {
-		return nil, huma.Error400BadRequest(err.Error())
-	}
 	if in.Proxy != "" && q.From == nil {
 		if q.From, err = asProxy(in.Proxy); err != nil {
 			return nil, huma.Error400BadRequest(err.Error())
@@ -55,9 +53,9 @@ func (a *api) explain(_ context.Context, in *explainInput) (*body[Explanation], 
 }
 
 // caller reads who asks; "" is the operator.
-func caller(s *lb.Snapshot, from string) (*lb.View, error) {
+func caller(s *lb.Snapshot, from string) *lb.View {
 	if from == "" {
-		return nil, nil
+		return nil
 	}
 	text, node, elsewhere := strings.Cut(from, "@")
 	if at, err := netip.ParseAddr(text); err == nil {
@@ -65,10 +63,10 @@ func caller(s *lb.Snapshot, from string) (*lb.View, error) {
 			node = s.Config.Node
 		}
 		v := s.Callers.Who(node, at)
-		return &v, nil
+		return &v
 	}
 	tenant, service, _ := strings.Cut(from, "/")
-	return &lb.View{Kind: lb.ViewTenant, Tenant: tenant, Service: service, Why: "asked for by name"}, nil
+	return &lb.View{Kind: lb.ViewTenant, Tenant: tenant, Service: service, Why: "asked for by name"}
 }
 
 // asProxy is the view of a sidecar; other proxies carry several callers'.

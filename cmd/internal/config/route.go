@@ -27,7 +27,7 @@ func (b *builder) listeners() {
 		if l.Gateway == "" {
 			b.bad(l.Place, "gateway", "is missing; name the gateway group that this listener lives on, like edge")
 		}
-		out.Address = b.address(l.Place, "address", l.Address)
+		out.Address = b.address(l.Place, l.Address)
 		if out.Address.IsValid() && out.Address.Port() == 0 {
 			b.bad(l.Place, "address", "port 0 is no port to listen on")
 		}

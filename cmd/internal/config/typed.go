@@ -126,14 +126,14 @@ func defaultDataDir() string {
 
 func (b *builder) servers() {
 	d := b.doc
-	b.config.Admin = Admin{Address: b.address(d.Admin.Place, "address", cmp.Or(d.Admin.Address, DefaultAdmin)), Socket: resolve(b.config.Path, d.Admin.Socket)}
+	b.config.Admin = Admin{Address: b.address(d.Admin.Place, cmp.Or(d.Admin.Address, DefaultAdmin)), Socket: resolve(b.config.Path, d.Admin.Socket)}
 	if b.config.Admin.Socket == "" {
 		b.config.Admin.Socket = filepath.Join(b.config.DataDir, "admin.sock")
 	}
 	if a := b.config.Admin.Address; a.IsValid() && !a.Addr().IsLoopback() {
 		b.bad(d.Admin.Place, "address", "%s is not a loopback address: the admin API has no tokens yet; use 127.0.0.1 or the unix socket, or a tunnel", a)
 	}
-	b.config.XDS.Address = b.address(d.XDS.Place, "address", cmp.Or(d.XDS.Address, DefaultXDS))
+	b.config.XDS.Address = b.address(d.XDS.Place, cmp.Or(d.XDS.Address, DefaultXDS))
 	if a := b.config.XDS.Address; a.IsValid() && !a.Addr().IsLoopback() && !d.XDS.Insecure {
 		b.bad(d.XDS.Place, "address", "%s is not a loopback address, and proxies cannot prove who they are yet; run one roost on each host, or write xds: {insecure: true} if everybody who reaches the port may see everything", a)
 	}
@@ -160,10 +160,10 @@ func (b *builder) socket(s socketDoc) {
 	b.config.XDS.Sockets = append(b.config.XDS.Sockets, out)
 }
 
-func (b *builder) address(p strict.Place, key, value string) netip.AddrPort {
+func (b *builder) address(p strict.Place, value string) netip.AddrPort {
 	a, err := splitHostPort(value)
 	if err != nil {
-		b.bad(p, key, "%q is not IP:PORT", value)
+		b.bad(p, "address", "%q is not IP:PORT", value)
 	}
 	return a
 }
@@ -242,7 +242,7 @@ func (b *builder) dns() {
 		addresses = []dnsAddressDoc{{Address: DefaultDNS}}
 	}
 	for _, a := range addresses {
-		at := b.address(a.Place, "address", a.Address)
+		at := b.address(a.Place, a.Address)
 		b.config.DNS.Listen = append(b.config.DNS.Listen, DNSListen{Address: at, Tenant: a.Tenant})
 	}
 	if b.config.Routed() {

@@ -20,9 +20,9 @@ func differences(prev, next *lb.Snapshot) []events.Event {
 	}
 	for _, s := range next.Order {
 		before := prev.Services[s.Key]
-		switch {
-		case before == s:
-		case before == nil:
+		switch before {
+		case s:
+		case nil:
 			out = append(out, events.Change(events.ServiceCreated, s.Key.Tenant, s.Key.Service, "", s.Domain+" is "+s.Address.String(), time.Time{}, 0))
 			out = append(out, moved(&lb.Service{}, s, next.Version)...)
 		default:

@@ -188,7 +188,9 @@ func (r *reconciler) wanted(key lb.Key, group *discovery.Group, old *object) *ob
 // guess gives way to an explicit wish, anything else stays as it was.
 func merge(ports *[]recordedPort, guessed *[]string, w discovery.WantedPort) bool {
 	for i, p := range *ports {
-		if p.Name != w.Name && !(i == 0 && slices.Contains(*guessed, p.Name) && !w.Guessed && len(*ports) == 1) {
+		// A guessed only port is what an explicit one of another name means.
+		guess := i == 0 && len(*ports) == 1 && slices.Contains(*guessed, p.Name) && !w.Guessed
+		if p.Name != w.Name && !guess {
 			continue
 		}
 		if w.Guessed || !slices.Contains(*guessed, p.Name) {

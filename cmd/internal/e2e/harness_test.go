@@ -6,8 +6,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
-	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -27,7 +25,7 @@ const (
 var (
 	roostOnce sync.Once
 	roostPath string
-	roostErr  error
+	errRoost  error
 	roostDir  string
 )
 
@@ -35,17 +33,17 @@ var (
 func program(t *testing.T) string {
 	t.Helper()
 	roostOnce.Do(func() {
-		if roostDir, roostErr = os.MkdirTemp("", "roost-e2e-"); roostErr != nil {
+		if roostDir, errRoost = os.MkdirTemp("", "roost-e2e-"); errRoost != nil {
 			return
 		}
 		roostPath = filepath.Join(roostDir, "roost")
 		out, err := exec.Command("go", "build", "-o", roostPath, "github.com/roostmesh/roost/cmd/roost").CombinedOutput()
 		if err != nil {
-			roostErr = fmt.Errorf("go build: %w\n%s", err, out)
+			errRoost = fmt.Errorf("go build: %w\n%s", err, out)
 		}
 	})
-	if roostErr != nil {
-		t.Fatal(roostErr)
+	if errRoost != nil {
+		t.Fatal(errRoost)
 	}
 	return roostPath
 }
@@ -249,21 +247,6 @@ func (r *roost) problem(code string) problemJSON {
 		return fmt.Errorf("there are %v", list)
 	})
 	return found
-}
-
-// get fetches a path of the admin API; only where it is in this namespace.
-func (r *roost) get(path string) (int, []byte) {
-	r.t.Helper()
-	res, err := http.Get("http://" + r.args + path)
-	if err != nil {
-		r.t.Fatal(err)
-	}
-	defer func() { _ = res.Body.Close() }()
-	data, err := io.ReadAll(res.Body)
-	if err != nil {
-		r.t.Fatal(err)
-	}
-	return res.StatusCode, data
 }
 
 // call makes one request from this host: "http URL" gives "STATUS REASON BODY",

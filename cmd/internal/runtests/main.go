@@ -25,12 +25,11 @@ import (
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
-	defer stop()
-	if err := fetch(ctx); err != nil {
-		fmt.Fprintln(os.Stderr, "runtests:", err)
-		os.Exit(1)
+	ok, err := false, fetch(ctx)
+	if err == nil {
+		ok, err = run(ctx, os.Args[1:], os.Stdout)
 	}
-	ok, err := run(ctx, os.Args[1:], os.Stdout)
+	stop()
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "runtests:", err)
 	}
