@@ -11,7 +11,6 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/roostmesh/roost/discovery"
 	"github.com/roostmesh/roost/lb"
 )
 
@@ -93,7 +92,7 @@ func (e *endpoint) problem() (lb.Problem, bool) {
 		message = "is not on this host yet; it is bound already and answers as soon as the address is there"
 	}
 	return lb.Problem{
-		Code: "dns_address_unavailable", Severity: discovery.SeverityWarning, Object: e.want.Addr.String(), Place: "dns.addresses",
+		Code: "dns_address_unavailable", Severity: lb.SeverityWarning, Object: e.want.Addr.String(), Place: "dns.addresses",
 		Message: message, Since: m.since,
 		Fix: fmt.Sprintf("give the host the address (`ip address add %s/%d dev lo`, or the route of its pool), or take it out of dns.addresses", e.want.Addr.Addr(), e.want.Addr.Addr().BitLen()),
 	}, true

@@ -6,7 +6,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/roostmesh/roost/discovery"
 	"github.com/roostmesh/roost/lb"
 )
 
@@ -84,7 +83,7 @@ func (u *unknownCallers) problems(now time.Time) []lb.Problem {
 	var out []lb.Problem
 	for p, n := range u.networks {
 		out = append(out, lb.Problem{
-			Code: "caller_unknown", Severity: discovery.SeverityWarning, Object: p.String(), Place: "dns on node " + u.node, Since: n.first,
+			Code: "caller_unknown", Severity: lb.SeverityWarning, Object: p.String(), Place: "dns on node " + u.node, Since: n.first,
 			Message: fmt.Sprintf("has asked %d times about names of ours, last from %s, and was told that they do not exist: it is nobody on node %s (%s)",
 				n.questions, n.from, u.node, n.why),
 			Fix: fmt.Sprintf("say whose network it is: `tenants: {TENANT: {clients: [%s]}}`", p),

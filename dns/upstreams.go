@@ -15,7 +15,6 @@ import (
 
 	"github.com/miekg/dns"
 
-	"github.com/roostmesh/roost/discovery"
 	"github.com/roostmesh/roost/lb"
 )
 
@@ -136,14 +135,14 @@ func (f *forwarding) faults(t, before *table) []lb.Problem {
 	}
 	for _, zone := range slices.Sorted(maps.Keys(t.routes)) {
 		if r := t.routes[zone]; len(r.servers) == 0 && len(r.skipped) > 0 {
-			add(lb.Problem{Code: "forward_loop", Severity: discovery.SeverityError, Object: zone,
+			add(lb.Problem{Code: "forward_loop", Severity: lb.SeverityError, Object: zone,
 				Message: fmt.Sprintf("its only servers (%s) are this server itself; names in it are answered with SERVFAIL", join(r.skipped)),
 				Fix:     "name a real upstream server in dns.forward: `forward: [IP:53]`"})
 		}
 	}
 	for _, path := range slices.Sorted(maps.Keys(f.files)) {
 		if file := f.files[path]; file.err != nil {
-			add(lb.Problem{Code: "forward_unreadable", Severity: discovery.SeverityWarning, Object: path,
+			add(lb.Problem{Code: "forward_unreadable", Severity: lb.SeverityWarning, Object: path,
 				Message: fmt.Sprintf("%v; the servers that it named before stay: %s", file.err, join(file.servers)),
 				Fix:     "mend the file, or name the servers in dns.forward: `forward: [IP:53]`"})
 		}

@@ -20,6 +20,13 @@ type Key = discovery.Key
 // Problem is a mistake or a danger that a person has to mend.
 type Problem = discovery.Problem
 
+// The severities of a Problem.
+const (
+	SeverityError   = discovery.SeverityError
+	SeverityWarning = discovery.SeverityWarning
+	SeverityInfo    = discovery.SeverityInfo
+)
+
 // Protocols of service ports and public listeners.
 const (
 	HTTP  = "http"

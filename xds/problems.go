@@ -8,7 +8,6 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/roostmesh/roost/discovery"
 	"github.com/roostmesh/roost/lb"
 	"github.com/roostmesh/roost/xds/envoy"
 )
@@ -45,7 +44,7 @@ func (s *Server) Problems() []lb.Problem {
 			continue
 		}
 		all = append(all, lb.Problem{
-			Code: CodeDuplicate, Severity: discovery.SeverityWarning, Object: id, Since: d.since,
+			Code: CodeDuplicate, Severity: lb.SeverityWarning, Object: id, Since: d.since,
 			Message: "a second proxy came with this node id while the first was connected: the newer one is served, the older one was cut off",
 			Fix:     "give each Envoy a node id of its own; stop the one that should not run. A proxy that lost its network and came back looks the same for a minute",
 		})
@@ -60,7 +59,7 @@ func (s *Server) Problems() []lb.Problem {
 func problemOf(p ProxyStatus, r Rejected) lb.Problem {
 	thing := r.Type.String() + " " + r.Name.Name
 	problem := lb.Problem{
-		Code: CodeRejected, Severity: discovery.SeverityError, Object: p.ID, Place: thing, Since: r.Since,
+		Code: CodeRejected, Severity: lb.SeverityError, Object: p.ID, Place: thing, Since: r.Since,
 		Fix: "mend what the text names; that version is not sent to this proxy again until it changes",
 	}
 	address := r.Name.Name

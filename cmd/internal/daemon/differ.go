@@ -15,8 +15,8 @@ import (
 // whose receipts are due when every proxy has the new one.
 func differences(prev, next *lb.Snapshot) []events.Event {
 	var out []events.Event
-	if prev == nil {
-		return nil // the start is no change
+	if prev == nil || !prev.Catalog.Ready {
+		return nil // what was there before the start is no change
 	}
 	for _, s := range next.Order {
 		before := prev.Services[s.Key]

@@ -150,6 +150,9 @@ func (s *stage) open(ctx context.Context) error {
 	if err := s.write(); err != nil {
 		return err
 	}
+	if s.config.Stay && s.config.Commands != nil {
+		_, _ = fmt.Fprintf(s.config.Commands, "export ROOST_ADDR=%s\n", s.ports.at("admin"))
+	}
 	s.say("starting roost, a node Envoy and a gateway Envoy (%s) on loopback, pool %s", s.config.Version, s.pool)
 	if err := s.startRun(ctx); err != nil {
 		return err
@@ -275,19 +278,18 @@ func pause(ctx context.Context, d time.Duration) {
 }
 
 func (s *stage) commands() {
-	if s.config.Commands == nil {
+	if !s.config.Stay || s.config.Commands == nil {
 		return
 	}
 	shop, _, _ := strings.Cut(s.load.targets[0], ":")
-	_, _ = fmt.Fprintf(s.config.Commands, `export ROOST_ADDR=%s
-# in another terminal:
+	_, _ = fmt.Fprintf(s.config.Commands, `# in another terminal, with the line above:
 #   curl -i http://%s:%d/
 #   curl -i -H 'Host: shop.example.com' http://%s/
 #   dig @127.0.0.1 -p %d shop.acme.roost
 #   roost services
 #   roost explain http://shop.acme.roost:%d/
 #   roost events -f
-`, s.ports.at("admin"), shop, httpPort, s.front, s.ports["dns"], httpPort)
+`, shop, httpPort, s.front, s.ports["dns"], httpPort)
 }
 
 func (s *stage) stay(ctx context.Context) {
