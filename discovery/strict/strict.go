@@ -175,6 +175,9 @@ func (d *Decoding) value(n *yaml.Node, v reflect.Value, path string) {
 		}
 	}
 	if n.Kind == yaml.ScalarNode && n.Tag == "!!null" {
+		if p, ok := v.Addr().Interface().(placed); ok {
+			p.place(d.Place(n, path)) // it stands somewhere, with nothing in it
+		}
 		return
 	}
 	switch v.Kind() {
@@ -230,6 +233,9 @@ func (d *Decoding) dictionary(n *yaml.Node, v reflect.Value, path string) {
 func (d *Decoding) structure(n *yaml.Node, v reflect.Value, path string) {
 	if n.Kind != yaml.MappingNode {
 		d.Errorf(n, path, "is %s; a mapping with the keys %s is wanted", describe(n), strings.Join(Keys(v.Type()), ", "))
+		if p, ok := v.Addr().Interface().(placed); ok {
+			p.place(d.Place(n, path))
+		}
 		return
 	}
 	seen := map[string]*yaml.Node{}

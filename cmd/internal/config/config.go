@@ -123,9 +123,21 @@ func Load(path string) (*Config, error) {
 	}
 	b.build()
 	if len(b.errs) > 0 {
-		return nil, b.errs
+		return nil, firstOfEach(b.errs)
 	}
 	return b.config, nil
+}
+
+// firstOfEach keeps the first mistake of each value: one that could not be read
+// also looks as if it were missing.
+func firstOfEach(errs strict.Errors) strict.Errors {
+	seen := map[[2]string]bool{}
+	return slices.DeleteFunc(errs, func(e strict.Error) bool {
+		at := [2]string{e.Place, e.Path}
+		twice := seen[at]
+		seen[at] = true
+		return twice
+	})
 }
 
 func read(path string) (*document, []string, strict.Errors, error) {
