@@ -26,21 +26,23 @@ import (
 
 type body[T any] struct{ Body T }
 
-type filter struct {
+// Filter keeps a list to a tenant or a service.
+type Filter struct {
 	Tenant  string `query:"tenant" doc:"only of this tenant"`
 	Service string `query:"service" doc:"only of this service"`
 }
 
-func (f *filter) takes(k lb.Key) bool {
+func (f *Filter) takes(k lb.Key) bool {
 	return matches(f.Tenant, k.Tenant) && matches(f.Service, k.Service)
 }
 
-type serviceID struct {
+// ServiceID names a service in a path.
+type ServiceID struct {
 	Tenant  string `path:"tenant"`
 	Service string `path:"service"`
 }
 
-func (s serviceID) key() lb.Key { return lb.Key{Tenant: s.Tenant, Service: s.Service} }
+func (s ServiceID) key() lb.Key { return lb.Key{Tenant: s.Tenant, Service: s.Service} }
 
 func list[T any](items []T) *body[List[T]] {
 	if items == nil {
@@ -159,7 +161,7 @@ func (a *api) tenants(context.Context, *struct{}) (*body[List[Tenant]], error) {
 	return list(items), nil
 }
 
-func (a *api) services(_ context.Context, f *filter) (*body[List[Service]], error) {
+func (a *api) services(_ context.Context, f *Filter) (*body[List[Service]], error) {
 	var items []Service
 	for _, s := range a.d.Snapshot().Order {
 		if f.takes(s.Key) {
@@ -169,7 +171,7 @@ func (a *api) services(_ context.Context, f *filter) (*body[List[Service]], erro
 	return list(items), nil
 }
 
-func (a *api) service(_ context.Context, id *serviceID) (*body[Service], error) {
+func (a *api) service(_ context.Context, id *ServiceID) (*body[Service], error) {
 	s := a.d.Snapshot().Services[id.key()]
 	if s == nil {
 		return nil, huma.Error404NotFound("there is no service " + id.key().String())
@@ -178,7 +180,7 @@ func (a *api) service(_ context.Context, id *serviceID) (*body[Service], error) 
 }
 
 type putInput struct {
-	serviceID
+	ServiceID
 	RawBody []byte
 }
 
@@ -227,7 +229,7 @@ func pointer(path string) string {
 	return "/" + strings.NewReplacer("[", "/", "]", "", ".", "/").Replace(path)
 }
 
-func (a *api) deleteService(ctx context.Context, id *serviceID) (*body[Address], error) {
+func (a *api) deleteService(ctx context.Context, id *ServiceID) (*body[Address], error) {
 	records, err := a.d.DeleteService(ctx, id.key())
 	if err != nil {
 		return nil, refused(err)
@@ -240,7 +242,7 @@ func (a *api) deleteService(ctx context.Context, id *serviceID) (*body[Address],
 	return &body[Address]{Address{Tenant: id.Tenant, Service: id.Service, Holders: []string{}}}, nil
 }
 
-func (a *api) instances(_ context.Context, f *filter) (*body[List[Instance]], error) {
+func (a *api) instances(_ context.Context, f *Filter) (*body[List[Instance]], error) {
 	s := a.d.Snapshot()
 	var items []Instance
 	for _, key := range slices.SortedFunc(maps.Keys(s.Catalog.Groups), lb.Key.Compare) {
@@ -253,7 +255,7 @@ func (a *api) instances(_ context.Context, f *filter) (*body[List[Instance]], er
 	return list(items), nil
 }
 
-func (a *api) routes(_ context.Context, f *filter) (*body[List[Route]], error) {
+func (a *api) routes(_ context.Context, f *Filter) (*body[List[Route]], error) {
 	s := a.d.Snapshot()
 	var items []Route
 	add := func(r *lb.Route, order int) {
@@ -281,7 +283,7 @@ func (a *api) routes(_ context.Context, f *filter) (*body[List[Route]], error) {
 	return list(items), nil
 }
 
-func (a *api) listeners(_ context.Context, f *filter) (*body[List[Listener]], error) {
+func (a *api) listeners(_ context.Context, f *Filter) (*body[List[Listener]], error) {
 	s := a.d.Snapshot()
 	var items []Listener
 	if f.Service == "" && f.Tenant == "" {
@@ -309,7 +311,7 @@ func (a *api) listeners(_ context.Context, f *filter) (*body[List[Listener]], er
 	return list(items), nil
 }
 
-func (a *api) addresses(_ context.Context, f *filter) (*body[List[Address]], error) {
+func (a *api) addresses(_ context.Context, f *Filter) (*body[List[Address]], error) {
 	var items []Address
 	for _, r := range a.d.Records() {
 		if f.takes(lb.Key{Tenant: r.Owner.Tenant, Service: r.Owner.Service}) {
@@ -345,7 +347,7 @@ func (a *api) resolve(ctx context.Context, in *resolveInput) (*body[dns.Answer],
 	return &body[dns.Answer]{a.d.DNS.Resolve(ctx, at, in.Name, qtype)}, nil
 }
 
-func (a *api) proxies(_ context.Context, f *filter) (*body[List[Proxy]], error) {
+func (a *api) proxies(_ context.Context, f *Filter) (*body[List[Proxy]], error) {
 	var items []Proxy
 	for _, p := range a.d.XDS.Proxies() {
 		if matches(f.Tenant, p.Identity.Tenant) && matches(f.Service, p.Identity.Service) {
@@ -355,11 +357,12 @@ func (a *api) proxies(_ context.Context, f *filter) (*body[List[Proxy]], error) 
 	return list(items), nil
 }
 
-type proxyID struct {
+// ProxyID names a proxy in a path.
+type ProxyID struct {
 	ID string `path:"id"`
 }
 
-func (a *api) proxy(_ context.Context, in *proxyID) (*body[Proxy], error) {
+func (a *api) proxy(_ context.Context, in *ProxyID) (*body[Proxy], error) {
 	p, ok := a.d.XDS.Proxy(unescape(in.ID))
 	if !ok {
 		return nil, huma.Error404NotFound("no proxy " + in.ID + " is connected or was in the last hour")
@@ -376,7 +379,7 @@ func unescape(s string) string {
 }
 
 type configInput struct {
-	proxyID
+	ProxyID
 	Type string `query:"type" doc:"cluster endpoint listener route secret extension; default all"`
 }
 
@@ -408,7 +411,7 @@ func (a *api) proxyConfig(_ context.Context, in *configInput) (*body[List[Held]]
 	return list(items), nil
 }
 
-func (a *api) problems(_ context.Context, f *filter) (*body[List[Problem]], error) {
+func (a *api) problems(_ context.Context, f *Filter) (*body[List[Problem]], error) {
 	var items []Problem
 	for _, p := range a.d.Problems() {
 		tenant, rest, _ := strings.Cut(p.Object, "/")
@@ -425,7 +428,7 @@ func (a *api) certificates(context.Context, *struct{}) (*body[List[Certificate]]
 }
 
 type eventsInput struct {
-	filter
+	Filter
 	After uint64 `query:"after" doc:"events after this sequence number"`
 	Limit int    `query:"limit" default:"1000" minimum:"1" maximum:"10000"`
 }

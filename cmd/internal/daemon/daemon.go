@@ -79,17 +79,20 @@ type Daemon struct {
 
 // New opens everything that a start can fail at: the ledger with its lock, and
 // every socket. Nothing runs before Run; Close undoes New.
-func New(ctx context.Context, c *config.Config, log *slog.Logger) (d *Daemon, err error) {
-	d = &Daemon{
+func New(ctx context.Context, c *config.Config, log *slog.Logger) (*Daemon, error) {
+	d := &Daemon{
 		Registry: prometheus.NewRegistry(), log: log, start: c, problems: newProblemLog(),
 		reloads: make(chan reload), commands: make(chan func(*reconciler)), stopped: make(chan struct{}),
 		files: certs.NewFiles(log, nil), static: discovery.NewStatic(SourceConfig, c.Static),
 	}
-	defer func() {
-		if err != nil {
-			d.Close()
-		}
-	}()
+	if err := d.open(ctx, c); err != nil {
+		d.Close()
+		return nil, err
+	}
+	return d, nil
+}
+
+func (d *Daemon) open(ctx context.Context, c *config.Config) (err error) {
 	latency := prometheus.NewHistogram(prometheus.HistogramOpts{
 		Name: "roost_change_seconds", Help: "From a source's answer to the last proxy's ACK of the change.",
 		Buckets: []float64{.001, .002, .004, .008, .015, .03, .06, .125, .25, .5, 1, 2, 5, 10},
@@ -97,29 +100,29 @@ func New(ctx context.Context, c *config.Config, log *slog.Logger) (d *Daemon, er
 	d.Registry.MustRegister(latency)
 	d.Events = events.New(nil, func(t time.Duration) { latency.Observe(t.Seconds()) })
 	if d.store, err = ledger.OpenBolt(filepath.Join(c.DataDir, ledgerFile)); err != nil {
-		return nil, err
+		return err
 	}
 	if d.ledger, err = ledger.Open(ctx, d.store, nil); err != nil {
-		return nil, fmt.Errorf("ledger %s: %w", filepath.Join(c.DataDir, ledgerFile), err)
+		return fmt.Errorf("ledger %s: %w", filepath.Join(c.DataDir, ledgerFile), err)
 	}
 	if err := d.sources(c); err != nil {
-		return nil, err
+		return err
 	}
 	if err := d.listenXDS(ctx, c); err != nil {
-		return nil, err
+		return err
 	}
 	if err := d.listenDNS(ctx, c); err != nil {
-		return nil, err
+		return err
 	}
 	d.config.Store(c)
 	d.rec = &reconciler{d: d, host: hostAddresses(c.Model)}
 	d.rec.setConfig(c)
 	state, err := d.store.Load(ctx)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	d.rec.loadObjects(state.Objects)
-	return d, nil
+	return nil
 }
 
 func (d *Daemon) sources(c *config.Config) error {

@@ -70,8 +70,8 @@ func TestArchitectureIsTrue(t *testing.T) {
 			allowed[m[1]] = strings.Fields(strings.ReplaceAll(m[2], "`", ""))
 		}
 	}
-	real := imports(t)
-	for pkg, list := range real {
+	tree := imports(t)
+	for pkg, list := range tree {
 		may, ok := allowed[pkg]
 		if !ok {
 			t.Errorf("ARCHITECTURE.md does not name package %s", pkg)
@@ -85,7 +85,7 @@ func TestArchitectureIsTrue(t *testing.T) {
 		}
 	}
 	for pkg := range allowed {
-		if _, ok := real[pkg]; !ok {
+		if _, ok := tree[pkg]; !ok {
 			t.Errorf("ARCHITECTURE.md names package %s, which is not there", pkg)
 		}
 	}
