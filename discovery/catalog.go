@@ -182,13 +182,8 @@ type Catalog struct {
 // with the same id and node the first one stays.
 func NewCatalog(instances []Instance) *Catalog {
 	m := newMerge(Config{})
-	byOrigin := map[string][]Instance{}
-	for _, i := range instances {
-		byOrigin[i.Source] = append(byOrigin[i.Source], i)
-	}
-	for source, list := range byOrigin {
-		m.apply(Update{Source: source, Scope: source, Instances: list, Complete: true, Scopes: []string{source}})
-	}
+	const all = "all"
+	m.apply(Update{Source: all, Scope: all, Instances: instances, Complete: true, Scopes: []string{all}})
 	c := m.catalog()
 	c.Ready = true
 	return c

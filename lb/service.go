@@ -30,6 +30,10 @@ func buildService(prev *Service, c *Config, spec *ServiceSpec, addr Addresses, g
 	}
 	for _, p := range spec.Ports {
 		s.Ports = append(s.Ports, Port{PortSpec: p, Cluster: ClusterName(spec.Key, p.Name, "")})
+		if p.Protocol == UDP {
+			s.Problems = append(s.Problems, Problem{Code: "protocol_unsupported", Severity: discovery.SeverityError, Object: s.Key.String(), Place: spec.Origin,
+				Message: fmt.Sprintf("port %s is of protocol udp, which is not served yet: its name is answered, its address takes no datagrams", p.Name), Fix: "let callers dial the instances for this port for now"})
+		}
 		if p.Guessed {
 			s.Problems = append(s.Problems, Problem{Code: "port_guessed", Severity: discovery.SeverityInfo, Object: s.Key.String(), Place: spec.Origin,
 				Message: fmt.Sprintf("nobody says which port callers dial; %d was guessed and is kept", p.Port),
@@ -73,6 +77,10 @@ func (s *Service) addEndpoint(c *Config, i *discovery.Instance) {
 		s.problem(i, "instance_unreachable", discovery.SeverityWarning,
 			fmt.Sprintf("its address %s lies in a container bridge range of node %q and may not be reached from node %q", i.Address, i.Node, c.Node),
 			"register the instance with the host's address and its published port, or use a routed container network")
+	}
+	if i.Inbound != 0 {
+		s.problem(i, "inbound_unsupported", discovery.SeverityInfo, fmt.Sprintf("names port %d as its sidecar's inbound listener, which does not exist yet; callers go to its own ports", i.Inbound),
+			"nothing has to be done; take the key away until sidecars have an inbound listener")
 	}
 	s.wants(i)
 	s.Endpoints = append(s.Endpoints, e)
