@@ -98,26 +98,22 @@ type Decoding struct {
 	Errors Errors
 }
 
-var lineOf = regexp.MustCompile(`line (\d+)(?:, column (\d+))?`)
+// syntax is how the YAML library names the place of a syntax error.
+var syntax = regexp.MustCompile(`^go-yaml load error.* at (?:L\d+\.C\d+-)?L(\d+)\.C(\d+): (.*)$`)
 
 // Decode parses data, the content of file, and decodes it into v, a pointer to
 // a struct. An empty document leaves v as it is.
 func (d *Decoding) Decode(data []byte, v any) {
 	var doc yaml.Node
 	if err := yaml.Load(data, &doc); err != nil {
-		place := d.File
-		if m := lineOf.FindStringSubmatch(err.Error()); m != nil {
-			col := m[2]
-			if col == "" {
-				col = "1"
-			}
-			place = d.File + ":" + m[1] + ":" + col
-		}
-		if len(strings.TrimSpace(string(data))) == 0 || strings.Contains(err.Error(), "no documents") {
+		if len(strings.TrimSpace(string(data))) == 0 {
 			return
 		}
-		text := strings.Join(strings.Fields(strings.TrimPrefix(err.Error(), "yaml: ")), " ")
-		d.Errors = append(d.Errors, Error{Place: place, Message: "is not YAML: " + text})
+		e := Error{Place: d.File, Message: "is not YAML: " + strings.Join(strings.Fields(err.Error()), " ")}
+		if m := syntax.FindStringSubmatch(strings.Join(strings.Fields(err.Error()), " ")); m != nil {
+			e = Error{Place: d.File + ":" + m[1] + ":" + m[2], Message: "is not YAML: " + m[3]}
+		}
+		d.Errors = append(d.Errors, e)
 		return
 	}
 	n := &doc

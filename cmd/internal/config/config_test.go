@@ -59,7 +59,7 @@ func TestMistakesNameTheirPlace(t *testing.T) {
 		"no port":                    {text: strings.Replace(shop, "port: 80, ", "", 1), want: "roost.yaml:2:40: services[0].ports[0].port: is missing or 0; it is what callers dial, from 1 to 65535"},
 		"bad duration":               {text: "dns: {ttl: 5}\n", want: `roost.yaml:1:12: dns.ttl: "5" is not a duration; write it like 5s, 1m30s or 250ms`},
 		"key twice":                  {text: "node: a\nnode: b\n", want: "roost.yaml:2:1: node: is written twice (first at line 1); keep one"},
-		"not yaml":                   {text: "a: [1\nb: 2\n", want: "roost.yaml:"},
+		"not yaml":                   {text: "dns: [1\nnode: 2\n", want: "roost.yaml:2:5: is not YAML: did not find expected"},
 		"two services of one name":   {text: shop + "  - {name: shop, tenant: acme, ports: [{port: 81}]}\n", want: "roost.yaml:3:12: services[1].name: service acme/shop is declared twice (first at roost.yaml:2:5); keep one"},
 		"same port twice":            {text: "services:\n  - {name: shop, tenant: acme, ports: [{port: 80, name: a}, {port: 80, name: b}]}\n", want: `roost.yaml:2:68: services[0].ports[1].port: 80 is already port "a" of this service; one address has each port once`},
 		"same port name twice":       {text: "services:\n  - {name: shop, tenant: acme, ports: [{port: 80}, {port: 81}]}\n", want: `services[0].ports[1].name: two ports are named "tcp"; name them apart`},
