@@ -220,30 +220,21 @@ func (l *Ledger) Bind(ctx context.Context, wishes []Wish, reason string) (bound 
 	return bound, refused, l.put(ctx, bound, Batch{})
 }
 
-// Release puts everything that an owner has into quarantine. Its addresses
-// reach nobody and go to nobody else; Bind gives them back to the owner.
-func (l *Ledger) Release(ctx context.Context, o Owner, reason string) ([]Record, error) {
+// Release puts what an owner has of the kinds, or of both where none is named,
+// into quarantine. Its addresses reach nobody and go to nobody else; Bind gives
+// them back to the owner.
+func (l *Ledger) Release(ctx context.Context, o Owner, reason string, kinds ...string) ([]Record, error) {
+	if len(kinds) == 0 {
+		kinds = []string{Internal, Dedicated}
+	}
 	var gone []Record
-	for _, kind := range []string{Internal, Dedicated} {
+	for _, kind := range kinds {
 		for _, v6 := range []bool{false, true} {
 			if r := l.bySlot[slot{o, kind, v6}]; r != nil && r.State == Bound {
 				q := *r
 				q.State, q.Since, q.Reason = Quarantined, l.now(), reason
 				gone = append(gone, q)
 			}
-		}
-	}
-	return gone, l.put(ctx, gone, Batch{})
-}
-
-// ReleaseDedicated puts an owner's dedicated address into quarantine.
-func (l *Ledger) ReleaseDedicated(ctx context.Context, o Owner, reason string) ([]Record, error) {
-	var gone []Record
-	for _, v6 := range []bool{false, true} {
-		if r := l.bySlot[slot{o, Dedicated, v6}]; r != nil && r.State == Bound {
-			q := *r
-			q.State, q.Since, q.Reason = Quarantined, l.now(), reason
-			gone = append(gone, q)
 		}
 	}
 	return gone, l.put(ctx, gone, Batch{})

@@ -237,7 +237,7 @@ func (r *reconciler) release(ctx context.Context) []events.Event {
 		if s == nil {
 			gone, err = r.d.ledger.Release(ctx, rec.Owner, "service deleted")
 		} else {
-			gone, err = r.d.ledger.ReleaseDedicated(ctx, rec.Owner, "dedicated IP no longer asked for")
+			gone, err = r.d.ledger.Release(ctx, rec.Owner, "dedicated IP no longer asked for", ledger.Dedicated)
 		}
 		if err != nil {
 			r.ledgerFailed(err)
