@@ -133,6 +133,7 @@ func (f *Files) Run(ctx context.Context) error {
 			return nil
 		case <-f.poke:
 			f.watch(w)
+			f.reload() // for what changed before it was watched
 		case <-w.Events:
 			settled.Reset(settle)
 		case err := <-w.Errors:
