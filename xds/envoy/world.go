@@ -68,6 +68,7 @@ type callersKey struct{ node, rule string }
 func Translate(prev *Translation, s *lb.Snapshot, pairs certs.Pairs) *Translation {
 	t := &Translation{snapshot: s, services: make(map[lb.Key]*serviceSet, len(s.Order)), public: map[string]*publicSet{}, via: map[lb.Key][]lb.Key{}}
 	sameConfig := prev != nil && prev.snapshot.Config == s.Config
+	known := true
 	for _, svc := range s.Order {
 		var before *serviceSet
 		if prev != nil {
@@ -75,9 +76,9 @@ func Translate(prev *Translation, s *lb.Snapshot, pairs certs.Pairs) *Translatio
 		}
 		set := newServiceSet(before, sameConfig, s.Config, svc, s.Mesh[svc.Key])
 		t.services[svc.Key] = set
-		t.order = append(t.order, set)
+		known = known && before != nil
 	}
-	slices.SortFunc(t.order, func(a, b *serviceSet) int { return strings.Compare(sortName(a), sortName(b)) })
+	t.arrange(prev, known && prev != nil && len(prev.services) == len(t.services))
 	for _, l := range s.Listeners {
 		t.public[l.Spec.Name] = newPublicSet(prev, s, l, secretsOf(l, pairs))
 	}
@@ -92,6 +93,22 @@ func Translate(prev *Translation, s *lb.Snapshot, pairs certs.Pairs) *Translatio
 	}
 	t.callers = newCallersCache(prev, s.Callers)
 	return t
+}
+
+// arrange puts the services in the order of their resources' names; same says
+// that it is the order of prev.
+func (t *Translation) arrange(prev *Translation, same bool) {
+	t.order = make([]*serviceSet, 0, len(t.services))
+	if same {
+		for _, before := range prev.order {
+			t.order = append(t.order, t.services[before.service.Key])
+		}
+		return
+	}
+	for _, set := range t.services {
+		t.order = append(t.order, set)
+	}
+	slices.SortFunc(t.order, func(a, b *serviceSet) int { return strings.Compare(sortName(a), sortName(b)) })
 }
 
 func sortName(s *serviceSet) string { return s.service.Key.Service + "." + s.service.Key.Tenant + ":" }

@@ -144,7 +144,7 @@ func (r *reconciler) build(ctx context.Context) {
 	r.d.observeProgress()
 }
 
-// services lists what exists: declared in a file, or recorded.
+// services lists what exists, declared in a file or recorded, by key.
 func (r *reconciler) services() []*lb.ServiceSpec {
 	specs := slices.Clone(r.config.Model.Services)
 	for _, key := range slices.SortedFunc(maps.Keys(r.objects), lb.Key.Compare) {
@@ -152,6 +152,7 @@ func (r *reconciler) services() []*lb.ServiceSpec {
 			specs = append(specs, r.objects[key].spec)
 		}
 	}
+	slices.SortFunc(specs, func(a, b *lb.ServiceSpec) int { return a.Key.Compare(b.Key) })
 	return specs
 }
 
