@@ -137,11 +137,11 @@ var stateCases = []struct{ name, script string }{
 		ack 3
 		ack 2
 		world cluster/b@1 route/r@2,cluster/a,cluster/b route/q@2,cluster/a endpoint/a@2
-		> 4 cluster: b@1
-		> 5 endpoint: a@2
-		> 6 route: q@2
-		ack 6
-		nack 4 Error adding/updating cluster(s) b: bad
+		> 4 route: q@2
+		> 5 cluster: b@1
+		> 6 endpoint: a@2
+		ack 4
+		nack 5 Error adding/updating cluster(s) b: bad
 		! cluster b@1
 		> 7 route: r@2`},
 	{"a removal waits for what refers to it", `

@@ -9,6 +9,11 @@ import (
 	"github.com/roostmesh/roost/xds/envoy"
 )
 
+// pushOrder is the order in which changes are sent. Routes come early: one that
+// refers to something new waits for that anyway, and one that does not may say
+// why its cluster is about to have no endpoint.
+var pushOrder = [envoy.Types]envoy.Type{envoy.Secret, envoy.Route, envoy.Cluster, envoy.Endpoint, envoy.Extension, envoy.Listener}
+
 // next makes the response that is to be sent now, or returns nil until a
 // request or a view changes that. Answers to subscriptions come first, then
 // what was added or changed, type by type, and removals when nothing else is
@@ -20,7 +25,7 @@ func (s *state) next() *response {
 		}
 	}
 	unsent := false
-	for t := range envoy.Types {
+	for _, t := range pushOrder {
 		r, more := s.push(t)
 		if r != nil {
 			return r

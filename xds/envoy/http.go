@@ -30,7 +30,7 @@ var noAddress = netip.MustParsePrefix("255.255.255.255/32")
 // localReplies gives each reason of Envoy's own answers its word. The first
 // flag that is set decides, so the cause stands before what followed from it.
 var localReplies = []struct{ reason, flag string }{
-	{"denied", "UAEX"}, {"no_endpoint", "UH"}, {"no_endpoint", "NC"}, {"connect_failed", "UF"}, {"overflow", "UO"},
+	{"denied", "UAEX"}, {"%METADATA(ROUTE:roost:reason)%", "UH"}, {"no_endpoint", "NC"}, {"connect_failed", "UF"}, {"overflow", "UO"},
 	{"upstream_timeout", "UT"}, {"upstream_timeout", "SI"}, {"upstream_timeout", "DT"}, {"upstream_reset", "UC"}, {"upstream_reset", "UR"}, {"upstream_reset", "LR"}, {"upstream_reset", "UPE"}, {"no_route", "NR"},
 }
 
@@ -46,7 +46,7 @@ func localReply() *hcmv3.LocalReplyConfig {
 		if l.flag == "UH" {
 			m.HeadersToAdd = append(m.HeadersToAdd, addHeader("retry-after", "1"))
 			m.BodyFormatOverride = &corev3.SubstitutionFormatString{Format: &corev3.SubstitutionFormatString_TextFormatSource{TextFormatSource: &corev3.DataSource{
-				Specifier: &corev3.DataSource_InlineString{InlineString: "service %METADATA(CLUSTER:roost:service)% of tenant %METADATA(CLUSTER:roost:tenant)% has no running instance\n"}}}}
+				Specifier: &corev3.DataSource_InlineString{InlineString: "service %METADATA(CLUSTER:roost:service)% of tenant %METADATA(CLUSTER:roost:tenant)% %METADATA(ROUTE:roost:says)%\n"}}}}
 		}
 		out.Mappers = append(out.Mappers, m)
 	}

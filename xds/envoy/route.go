@@ -35,18 +35,20 @@ const (
 
 // serviceRoutes is the route configuration of one HTTP port of a service:
 // declared mesh routes in match order, then the service itself.
-func serviceRoutes(s *lb.Service, p *lb.Port, mesh []*lb.Route) *Resource {
+func serviceRoutes(s *lb.Service, p *lb.Port, mesh []*lb.Route, reasons []string) *Resource {
 	name := lb.RouteNameOf(s.Key, p.Port)
 	routes := append(slices.Clone(mesh), s.OwnRoute(p))
+	why := whyOf(routes, reasons)
 	var hosts []*routev3.VirtualHost
 	for _, v := range lb.VirtualHosts(routes) {
-		hosts = append(hosts, virtualHost(v, p.Protocol, nil))
+		hosts = append(hosts, virtualHost(v, p.Protocol, why, nil))
 	}
 	return encode(Route, name, &routev3.RouteConfiguration{Name: name, VirtualHosts: hosts, IgnorePortInHostMatching: true}, clusterRefs(routes)...)
 }
 
 // publicRoutes is the route configuration of a public listener.
-func publicRoutes(l *lb.Listener, routes []*lb.Route) *Resource {
+func publicRoutes(l *lb.Listener, routes []*lb.Route, reasons []string) *Resource {
+	why := whyOf(routes, reasons)
 	rest := notFound("no_host")
 	if to := l.RedirectsTo; to != nil {
 		rest = redirect(to)
@@ -59,7 +61,7 @@ func publicRoutes(l *lb.Listener, routes []*lb.Route) *Resource {
 		if l.RedirectsTo != nil {
 			last = rest
 		}
-		hosts = append(hosts, virtualHost(v, l.Spec.Protocol, last))
+		hosts = append(hosts, virtualHost(v, l.Spec.Protocol, why, last))
 	}
 	if !catchAll {
 		hosts = append(hosts, &routev3.VirtualHost{Name: lb.AnyHost, Domains: []string{lb.AnyHost}, Routes: []*routev3.Route{rest}})
@@ -80,10 +82,49 @@ func clusterRefs(routes []*lb.Route) []Name {
 	return refs
 }
 
-func virtualHost(v *lb.VirtualHost, protocol string, last *routev3.Route) *routev3.VirtualHost {
+// The reasons why a route's clusters may have no endpoint to send to. Which one
+// it is stands with the route, so that Envoy's own answer can say it.
+const (
+	reasonNone    = lb.NoEndpoint
+	reasonHealthy = lb.NoHealthyEndpoint
+)
+
+func reasonFor(empty bool) string {
+	if empty {
+		return reasonNone
+	}
+	return reasonHealthy
+}
+
+// reasonsOf are the reasons of each route: whether all that it leads to is
+// without an instance.
+func reasonsOf(s *lb.Snapshot, routes []*lb.Route) []string {
+	out := make([]string, 0, len(routes)+1)
+	for _, r := range routes {
+		empty := true
+		for _, d := range r.To {
+			svc := s.Services[d.Service]
+			empty = empty && (d.Weight == 0 || svc == nil || !slices.ContainsFunc(svc.Endpoints, func(e *lb.Endpoint) bool {
+				return d.Version == "" || e.Instance.Version == d.Version
+			}))
+		}
+		out = append(out, reasonFor(empty))
+	}
+	return out
+}
+
+func whyOf(routes []*lb.Route, reasons []string) map[*lb.Route]string {
+	out := make(map[*lb.Route]string, len(routes))
+	for i, r := range routes {
+		out[r] = reasons[i]
+	}
+	return out
+}
+
+func virtualHost(v *lb.VirtualHost, protocol string, why map[*lb.Route]string, last *routev3.Route) *routev3.VirtualHost {
 	out := &routev3.VirtualHost{Name: v.Domain, Domains: []string{v.Domain}, IncludeAttemptCountInResponse: false}
 	for _, r := range v.Routes {
-		out.Routes = append(out.Routes, routesOf(r, protocol)...)
+		out.Routes = append(out.Routes, routesOf(r, protocol, why[r])...)
 	}
 	if last != nil {
 		out.Routes = append(out.Routes, last)
@@ -93,19 +134,19 @@ func virtualHost(v *lb.VirtualHost, protocol string, last *routev3.Route) *route
 
 // routesOf are the entries of one route: a retry policy holds for a whole
 // entry, so that safe methods, which are sent again more freely, have their own.
-func routesOf(r *lb.Route, protocol string) []*routev3.Route {
+func routesOf(r *lb.Route, protocol, why string) []*routev3.Route {
 	if r.Retry != nil {
-		return []*routev3.Route{entry(r, protocol, r.Name, match(r.Match), customRetry(r.Retry))}
+		return []*routev3.Route{entry(r, protocol, why, match(r.Match), customRetry(r.Retry))}
 	}
 	safe := match(r.Match)
 	safe.Headers = append(safe.Headers, header(":method", &matcherv3.StringMatcher{MatchPattern: regex(safeMethods)}, false))
 	return []*routev3.Route{
-		entry(r, protocol, r.Name, safe, retry(retrySafe)),
-		entry(r, protocol, r.Name, match(r.Match), retry(retryAny)),
+		entry(r, protocol, why, safe, retry(retrySafe)),
+		entry(r, protocol, why, match(r.Match), retry(retryAny)),
 	}
 }
 
-func entry(r *lb.Route, protocol, name string, m *routev3.RouteMatch, retry *routev3.RetryPolicy) *routev3.Route {
+func entry(r *lb.Route, protocol, why string, m *routev3.RouteMatch, retry *routev3.RetryPolicy) *routev3.Route {
 	action := &routev3.RouteAction{RetryPolicy: retry, Timeout: seconds(cmp.Or(r.Timeout, defaultTimeout)), ClusterNotFoundResponseCode: routev3.RouteAction_SERVICE_UNAVAILABLE}
 	if r.Timeout == 0 && protocol == lb.GRPC {
 		// A gRPC stream lives as long as the caller's deadline says.
@@ -113,7 +154,11 @@ func entry(r *lb.Route, protocol, name string, m *routev3.RouteMatch, retry *rou
 		action.MaxStreamDuration = &routev3.RouteAction_MaxStreamDuration{GrpcTimeoutHeaderMax: seconds(0)}
 	}
 	destinations(action, r.To)
-	return &routev3.Route{Name: name, Match: m, Action: &routev3.Route_Route{Route: action}, Metadata: metadata("tenant", r.Tenant)}
+	says := "has no running instance"
+	if why == reasonHealthy {
+		says = "has instances, but none takes traffic"
+	}
+	return &routev3.Route{Name: r.Name, Match: m, Action: &routev3.Route_Route{Route: action}, Metadata: metadata("tenant", r.Tenant, "reason", why, "says", says)}
 }
 
 func destinations(action *routev3.RouteAction, to []lb.Destination) {

@@ -11,7 +11,6 @@ package envoy
 import (
 	"cmp"
 	"iter"
-	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -39,17 +38,25 @@ type serviceSet struct {
 	clusters  []*Resource
 	endpoints []*Resource
 	shapes    *shapes
+	routes    *routeSet
 }
 
-// shapes are the resources that do not depend on instances, made on demand.
+// shapes are the listeners, which do not depend on instances, made on demand.
 type shapes struct {
-	sidecar, node, dedicated, routes func() []*Resource
+	sidecar, node, dedicated func() []*Resource
+}
+
+// routeSet is a service's route configurations, made on demand.
+type routeSet struct {
+	reasons []string // of the mesh routes, then of the service itself
+	encoded func() []*Resource
 }
 
 // publicSet is every resource of one public listener.
 type publicSet struct {
 	listener *lb.Listener
 	routes   []*lb.Route
+	reasons  []string // of the routes
 	secrets  []secret
 	encoded  func() []*Resource // the listener first where it can be served, its routes, its secrets
 }
@@ -74,7 +81,7 @@ func Translate(prev *Translation, s *lb.Snapshot, pairs certs.Pairs) *Translatio
 		if prev != nil {
 			before = prev.services[svc.Key]
 		}
-		set := newServiceSet(before, sameConfig, s.Config, svc, s.Mesh[svc.Key])
+		set := newServiceSet(before, sameConfig, s, svc)
 		t.services[svc.Key] = set
 		known = known && before != nil
 	}
@@ -113,57 +120,69 @@ func (t *Translation) arrange(prev *Translation, same bool) {
 
 func sortName(s *serviceSet) string { return s.service.Key.Service + "." + s.service.Key.Tenant + ":" }
 
-func newServiceSet(before *serviceSet, sameConfig bool, c *lb.Config, s *lb.Service, mesh []*lb.Route) *serviceSet {
-	if before != nil && sameConfig && before.service == s && slices.Equal(before.mesh, mesh) {
+func newServiceSet(before *serviceSet, sameConfig bool, world *lb.Snapshot, s *lb.Service) *serviceSet {
+	mesh := world.Mesh[s.Key]
+	reasons := append(reasonsOf(world, mesh), reasonFor(len(s.Endpoints) == 0))
+	sameRoutes := before != nil && sameConfig && before.service.Spec == s.Spec && slices.Equal(before.mesh, mesh) && slices.Equal(before.routes.reasons, reasons)
+	if sameRoutes && before.service == s {
 		return before
 	}
-	out := &serviceSet{service: s, mesh: mesh}
+	out := &serviceSet{service: s, mesh: mesh, endpoints: endpoints(s)}
 	if before != nil && before.service.Spec == s.Spec && slices.Equal(before.service.Versions, s.Versions) {
 		out.clusters = before.clusters
 	} else {
 		out.clusters = clusters(s)
 	}
-	out.endpoints = endpoints(s)
-	if before != nil && sameConfig && before.service.Spec == s.Spec && slices.Equal(before.mesh, mesh) && before.service.SameAddresses(s) {
+	if before != nil && sameConfig && before.service.Spec == s.Spec && before.service.SameAddresses(s) {
 		out.shapes = before.shapes
 	} else {
-		out.shapes = newShapes(c, s, mesh)
+		out.shapes = newShapes(world.Config, s)
+	}
+	if sameRoutes {
+		out.routes = before.routes
+	} else {
+		out.routes = newRouteSet(s, mesh, reasons)
 	}
 	return out
 }
 
-func newShapes(c *lb.Config, s *lb.Service, mesh []*lb.Route) *shapes {
-	each := func(encoded func(p *lb.Port) *Resource) func() []*Resource {
-		return sync.OnceValue(func() []*Resource {
-			var out []*Resource
-			for i := range s.Ports {
-				if s.Ports[i].Protocol == lb.UDP {
-					continue
-				}
-				if r := encoded(&s.Ports[i]); r != nil {
-					out = append(out, r)
-				}
+// eachPort makes one resource for each port that is served, on demand.
+func eachPort(s *lb.Service, encoded func(p *lb.Port) *Resource) func() []*Resource {
+	return sync.OnceValue(func() []*Resource {
+		var out []*Resource
+		for i := range s.Ports {
+			if s.Ports[i].Protocol == lb.UDP {
+				continue
 			}
-			slices.SortFunc(out, compareResources)
-			return out
-		})
-	}
+			if r := encoded(&s.Ports[i]); r != nil {
+				out = append(out, r)
+			}
+		}
+		slices.SortFunc(out, compareResources)
+		return out
+	})
+}
+
+func newShapes(c *lb.Config, s *lb.Service) *shapes {
 	return &shapes{
-		sidecar: each(func(p *lb.Port) *Resource { return bound(c, s, p, lb.Sidecar, c.CaptureSidecar != lb.CaptureBind) }),
-		node:    each(func(p *lb.Port) *Resource { return bound(c, s, p, lb.Node, c.CaptureNode != lb.CaptureBind) }),
-		dedicated: each(func(p *lb.Port) *Resource {
+		sidecar: eachPort(s, func(p *lb.Port) *Resource { return bound(c, s, p, lb.Sidecar, c.CaptureSidecar != lb.CaptureBind) }),
+		node:    eachPort(s, func(p *lb.Port) *Resource { return bound(c, s, p, lb.Node, c.CaptureNode != lb.CaptureBind) }),
+		dedicated: eachPort(s, func(p *lb.Port) *Resource {
 			if !s.Dedicated.IsValid() {
 				return nil
 			}
 			return dedicated(c, s, p)
 		}),
-		routes: each(func(p *lb.Port) *Resource {
-			if !lb.IsHTTP(p.Protocol) {
-				return nil
-			}
-			return serviceRoutes(s, p, mesh)
-		}),
 	}
+}
+
+func newRouteSet(s *lb.Service, mesh []*lb.Route, reasons []string) *routeSet {
+	return &routeSet{reasons: reasons, encoded: eachPort(s, func(p *lb.Port) *Resource {
+		if !lb.IsHTTP(p.Protocol) {
+			return nil
+		}
+		return serviceRoutes(s, p, mesh, reasons)
+	})}
 }
 
 // bound is a service port's listener, or nil for a service that the full pool
@@ -177,19 +196,20 @@ func bound(c *lb.Config, s *lb.Service, p *lb.Port, role lb.Role, captured bool)
 
 func newPublicSet(prev *Translation, s *lb.Snapshot, l *lb.Listener, secrets []secret) *publicSet {
 	routes := s.Routes[l.Spec.Name]
+	reasons := reasonsOf(s, routes)
 	if prev != nil && prev.snapshot.Config == s.Config {
 		before := prev.public[l.Spec.Name]
-		if before != nil && before.listener == l && slices.Equal(before.routes, routes) && slices.Equal(before.secrets, secrets) {
+		if before != nil && before.listener == l && slices.Equal(before.routes, routes) && slices.Equal(before.reasons, reasons) && slices.Equal(before.secrets, secrets) {
 			return before
 		}
 	}
-	return &publicSet{listener: l, routes: routes, secrets: secrets, encoded: sync.OnceValue(func() []*Resource {
+	return &publicSet{listener: l, routes: routes, reasons: reasons, secrets: secrets, encoded: sync.OnceValue(func() []*Resource {
 		var out []*Resource
 		if r := public(s.Config, l, secrets); r != nil {
 			out = append(out, r)
 		}
 		if lb.IsHTTP(l.Spec.Protocol) {
-			out = append(out, publicRoutes(l, routes))
+			out = append(out, publicRoutes(l, routes, reasons))
 		}
 		for _, c := range secrets {
 			out = append(out, c.resource())
@@ -250,213 +270,39 @@ func (t *Translation) Since(prev *Translation) Change {
 		before := prev.services[key]
 		switch {
 		case before == set:
-		case before == nil || before.shapes != set.shapes || !slices.Equal(before.clusters, set.clusters):
+		case before == nil || before.shapes != set.shapes || !slices.Equal(before.clusters, set.clusters) || !slices.Equal(before.mesh, set.mesh):
 			c.Views = true
 		default:
-			for i, r := range set.endpoints {
-				if i >= len(before.endpoints) || before.endpoints[i].Version != r.Version {
-					c.Names = append(c.Names, r.Name)
-				}
-			}
+			c.Names = append(c.Names, set.changed(before)...)
 		}
 	}
 	for name, set := range t.public {
-		c.Views = c.Views || prev.public[name] != set
+		before := prev.public[name]
+		switch {
+		case before == set:
+		case before != nil && before.listener == set.listener && slices.Equal(before.routes, set.routes) && slices.Equal(before.secrets, set.secrets):
+			c.Names = append(c.Names, Name{Route, name}) // only its reasons have
+		default:
+			c.Views = true
+		}
 	}
 	return c
 }
 
-// View is what a proxy may hold.
-func (t *Translation) View(p Proxy) View { return t.view(p) }
-
-func (t *Translation) view(p Proxy) *view {
-	v := &view{world: t, id: p.Identity, sight: t.snapshot.SightOf(p.Identity)}
-	if p.MaxListeners > 0 && p.MaxListeners < v.atMost() {
-		v.beyond = v.cut(p.MaxListeners)
+// changed names what instances that came, went or moved have changed.
+func (s *serviceSet) changed(before *serviceSet) []Name {
+	var out []Name
+	for i, r := range s.endpoints {
+		if i >= len(before.endpoints) || before.endpoints[i].Version != r.Version {
+			out = append(out, r.Name)
+		}
 	}
-	return v
-}
-
-// Beyond counts the listeners that a proxy should have and is not given,
-// because its file descriptors would run out.
-func (t *Translation) Beyond(p Proxy) int { return len(t.view(p).beyond) }
-
-type view struct {
-	world *Translation
-	id    lb.Identity
-	sight lb.Sight
-	// beyond are the listeners left out; nil in nearly every proxy.
-	beyond map[string]bool
-}
-
-// atMost is cheap to know and no less than the view's number of listeners.
-func (v *view) atMost() int {
-	n := len(v.world.public) + 1
-	for _, s := range v.world.order {
-		n += len(s.service.Ports)
-	}
-	return n
-}
-
-// cut lists the listeners beyond the first limit ones by name; the capture
-// listener, without which none works, is always kept.
-func (v *view) cut(limit int) map[string]bool {
-	out := map[string]bool{}
-	for r := range v.All(Listener) {
-		switch {
-		case r.Name.Name == CaptureListener:
-		case limit > 0:
-			limit--
-		default:
-			out[r.Name.Name] = true
+	if s.routes != before.routes {
+		for i := range s.service.Ports {
+			out = append(out, Name{Route, lb.RouteNameOf(s.service.Key, s.service.Ports[i].Port)})
 		}
 	}
 	return out
-}
-
-func (v *view) sees(s *serviceSet) bool { return v.sight.Sees(s.service) }
-
-// holds tells whether the proxy holds the service's clusters.
-func (v *view) holds(s *serviceSet) bool {
-	if v.sees(s) {
-		return true
-	}
-	return slices.ContainsFunc(v.world.via[s.service.Key], func(k lb.Key) bool {
-		from := v.world.services[k]
-		return from != nil && v.sees(from)
-	})
-}
-
-func (v *view) listeners(s *serviceSet) []*Resource {
-	switch v.id.Role {
-	case lb.Sidecar:
-		return s.shapes.sidecar()
-	case lb.Node:
-		return s.shapes.node()
-	default:
-		return s.shapes.dedicated()
-	}
-}
-
-func (v *view) captured() bool {
-	c := v.world.snapshot.Config
-	return v.id.Role == lb.Sidecar && c.CaptureSidecar != lb.CaptureBind || v.id.Role == lb.Node && c.CaptureNode != lb.CaptureBind
-}
-
-// Get returns a resource by name, or nil where this proxy has none.
-func (v *view) Get(n Name) *Resource {
-	if n.Type == Listener && v.beyond[n.Name] {
-		return nil
-	}
-	if n.Type == Extension {
-		if v.id.Role != lb.Node || !v.knowsRule(n.Name) {
-			return nil
-		}
-		return v.world.callers.get(v.id.Node, n.Name)
-	}
-	if n == (Name{Listener, CaptureListener}) {
-		if v.captured() {
-			return capture(v.id.Role)
-		}
-		return nil
-	}
-	if s := v.world.services[serviceOf(n.Name)]; s != nil {
-		return v.ofService(s, n)
-	}
-	return v.ofPublic(n)
-}
-
-// knowsRule keeps what a proxy may ask for to rules that services have: a name
-// costs memory.
-func (v *view) knowsRule(name string) bool {
-	tenant, _, http, ok := parseCallers(name)
-	if !ok {
-		return false
-	}
-	return slices.ContainsFunc(v.world.order, func(s *serviceSet) bool {
-		return s.service.Key.Tenant == tenant && v.sees(s) && callersName(s.service, http) == name
-	})
-}
-
-// serviceOf reads the service from a resource's name: SERVICE.TENANT:...
-func serviceOf(name string) lb.Key {
-	head, _, _ := strings.Cut(name, ":")
-	service, tenant, _ := strings.Cut(head, ".")
-	return lb.Key{Tenant: tenant, Service: service}
-}
-
-func (v *view) ofService(s *serviceSet, n Name) *Resource {
-	switch n.Type {
-	case Cluster, Endpoint:
-		if !v.holds(s) {
-			return nil
-		}
-		if n.Type == Cluster {
-			return find(s.clusters, n)
-		}
-		return find(s.endpoints, n)
-	case Listener:
-		if v.sees(s) {
-			return find(v.listeners(s), n)
-		}
-	case Route:
-		if v.sees(s) {
-			return find(s.shapes.routes(), n)
-		}
-	}
-	return nil
-}
-
-func (v *view) ofPublic(n Name) *Resource {
-	if v.id.Role != lb.Gateway {
-		return nil
-	}
-	name := n.Name
-	if n.Type == Secret {
-		name, _, _ = strings.Cut(name, ":")
-	}
-	p := v.world.public[name]
-	if p == nil || p.listener.Spec.Gateway != v.id.Group {
-		return nil
-	}
-	return find(p.encoded(), n)
-}
-
-func find(list []*Resource, n Name) *Resource {
-	for _, r := range list {
-		if r.Name == n {
-			return r
-		}
-	}
-	return nil
-}
-
-// All lists the resources of a wildcard type, ordered by name.
-func (v *view) All(t Type) iter.Seq[*Resource] {
-	var list []*Resource
-	for _, s := range v.world.order {
-		switch {
-		case t == Cluster && v.holds(s):
-			list = append(list, s.clusters...)
-		case t == Listener && v.sees(s):
-			list = append(list, v.listeners(s)...)
-		}
-	}
-	if t == Listener {
-		for _, name := range slices.Sorted(maps.Keys(v.world.public)) {
-			if r := v.ofPublic(Name{Listener, name}); r != nil {
-				list = append(list, r)
-			}
-		}
-		if v.captured() {
-			list = append(list, capture(v.id.Role))
-		}
-	}
-	slices.SortFunc(list, compareResources)
-	if t == Listener && len(v.beyond) > 0 {
-		list = slices.DeleteFunc(list, func(r *Resource) bool { return v.beyond[r.Name.Name] })
-	}
-	return slices.Values(list)
 }
 
 // Everything lists all that a proxy of this identity ends up with: clusters,

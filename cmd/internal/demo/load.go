@@ -145,7 +145,7 @@ func (l *load) note(o seen, err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.requests++
-	down := l.phase == phaseDown && o.status == http.StatusServiceUnavailable && o.reason == "no_endpoint"
+	down := l.phase == phaseDown && o.status == http.StatusServiceUnavailable && (o.reason == "no_endpoint" || o.reason == "no_healthy_endpoint")
 	if err != nil || o.status != http.StatusOK && !down {
 		l.failed++
 		if l.bad == "" {

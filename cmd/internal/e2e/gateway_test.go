@@ -138,7 +138,7 @@ func (r *roost) explained(t *testing.T, target, method, hostname string, headers
 	case "no_host", "no_route":
 		return outcome{http.StatusNotFound, e.Outcome, ""}
 	case "no_endpoint", "no_healthy_endpoint":
-		return outcome{http.StatusServiceUnavailable, "no_endpoint", ""}
+		return outcome{http.StatusServiceUnavailable, e.Outcome, ""}
 	}
 	t.Fatalf("explain: %+v", e)
 	return outcome{}
