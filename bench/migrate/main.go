@@ -18,6 +18,7 @@ import (
 	"fmt"
 	"net/http"
 	"os"
+	"os/exec"
 	"os/signal"
 	"path/filepath"
 	"slices"
@@ -160,6 +161,10 @@ func (b *bench) open(ctx context.Context) error {
 func (b *bench) close() {
 	for _, p := range slices.Backward(b.processes) {
 		p.Stop(3 * time.Second)
+	}
+	if b.roost != nil {
+		// What roost run has put into the kernel, where it may, outlives it.
+		_ = exec.Command(b.options.roost, "capture", "remove", "--config", filepath.Join(b.dir, "roost.yaml")).Run()
 	}
 	if b.floorStop != nil {
 		b.floorStop()

@@ -154,6 +154,11 @@ func (r *roost) file(name, content string) {
 // serve starts `roost run` and waits for its ready line.
 func (r *roost) serve() *roost {
 	r.t.Helper()
+	r.t.Cleanup(func() { // the rules stay when roost ends; those of a test go
+		cmd := r.command(program(r.t), "capture", "remove", "--config", r.config)
+		cmd.Dir = r.dir
+		_ = cmd.Run() // without the right there are none
+	})
 	r.log = &binaries.Log{}
 	r.run = r.start(r.log, r.dir, program(r.t), "run", "--config", r.config)
 	until(r.t, "ready line", func() error {

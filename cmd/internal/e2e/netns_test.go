@@ -1,11 +1,14 @@
 package e2e
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -400,5 +403,82 @@ instances:
 				t.Errorf("on host %d %s is %q (%s), want %q", i+1, at, a.View, a.Why, want)
 			}
 		}
+	}
+}
+
+// TestCommandsThatCheckPrintsWork: what `roost check` finds missing on a host is
+// mended by the commands it prints, and taken away again by `capture remove`.
+func TestCommandsThatCheckPrintsWork(t *testing.T) {
+	needNetns(t)
+	for _, capture := range []string{"bind", "tproxy"} {
+		h := machine(t, "check")
+		r := newRoost(h, "capture: {node: "+capture+"}\naddresses: {internal: 100.96.0.0/12}\nservices: [{name: shop, tenant: acme, ports: [{port: 80}]}]\n")
+		found := func() map[string]bool {
+			var list struct {
+				Items []struct {
+					Name string
+					OK   bool
+				}
+			}
+			_, out, errOut := r.cli("check", "--config", r.config, "-o", "json")
+			if err := json.Unmarshal([]byte(out), &list); err != nil {
+				t.Fatalf("%v: %s%s", err, out, errOut)
+			}
+			m := map[string]bool{}
+			for _, f := range list.Items {
+				m[f.Name] = f.OK
+			}
+			return m
+		}
+		if f := found(); f["guard"] || f["pool 100.96.0.0/12"] {
+			t.Fatalf("a bare host has %v", f)
+		}
+		code, script, errOut := r.cli("capture", "install", "--dry-run", "--config", r.config)
+		if code != 0 {
+			t.Fatal(errOut)
+		}
+		h.sh("sh", "-ec", script)
+		if f := found(); !f["guard"] || !f["pool 100.96.0.0/12"] {
+			t.Errorf("%s: after its own commands check finds %v", capture, f)
+		}
+		byHand := h.sh("nft", "list", "ruleset")
+		if code, _, errOut := r.cli("capture", "remove", "--config", r.config); code != 0 {
+			t.Fatal(errOut)
+		}
+		if f := found(); f["guard"] || f["pool 100.96.0.0/12"] {
+			t.Errorf("%s: after remove check finds %v", capture, f)
+		}
+		if code, _, errOut := r.cli("capture", "install", "--config", r.config); code != 0 {
+			t.Fatal(errOut)
+		}
+		rules := regexp.MustCompile(`(?m)^\t\t(ip .*)$`)
+		own, printed := rules.FindAllString(h.sh("nft", "list", "ruleset"), -1), rules.FindAllString(byHand, -1)
+		slices.Sort(own)
+		slices.Sort(printed)
+		if len(own) == 0 || !slices.Equal(own, printed) {
+			t.Errorf("%s: roost installs\n%s\nand prints\n%s", capture, strings.Join(own, "\n"), strings.Join(printed, "\n"))
+		}
+	}
+}
+
+// TestSidecarCapture: with capture: nft a sidecar serves its namespace although
+// the application there holds 0.0.0.0 at the service's port.
+func TestSidecarCapture(t *testing.T) {
+	needNetns(t)
+	h := machine(t, "pod")
+	h.app("http", "app", "0.0.0.0:80")
+	r := newRoost(h, "node: h1\ncapture: {sidecar: nft}\nservices:\n  - {name: shop, tenant: acme, ports: [{port: 80, protocol: http}], instances: [{id: s1, address: \"127.0.0.1:80\"}]}\n  - {name: db, tenant: acme, ports: [{port: 80, protocol: http}]}\n").serve()
+	r.envoy("--sidecar", "acme/shop/s1")
+	until(t, "the service answers through Envoy", func() error {
+		if got := h.call("http", "http://"+r.address("acme/shop")+"/"); got != "200  app" {
+			return errors.New(got)
+		}
+		return nil
+	})
+	if got := h.call("http", "http://"+r.address("acme/db")+"/"); !strings.HasPrefix(got, "503 no_endpoint") {
+		t.Errorf("a service without an instance answers %q: not through Envoy?", got)
+	}
+	if got := h.call("http", "http://127.0.0.1/"); got != "200  app" {
+		t.Errorf("the application itself answers %q", got)
 	}
 }

@@ -69,12 +69,12 @@ func guardFinding(f Facts) Finding {
 			detail += fmt.Sprintf("; one listens at port %d now", p)
 		}
 	}
-	return bad("guard", nftCommand(rules), "%s", detail)
+	return bad("guard", "roost capture install, or: "+nftScript(rules), "%s", detail)
 }
 
-// nftCommand installs the guard by hand.
-func nftCommand(r Rules) string {
-	var raw, input []string
+// nftScript is the command that installs the rules by hand.
+func nftScript(r Rules) string {
+	var raw, nat, input []string
 	for _, p := range r.Pools {
 		family := "ip"
 		if p.Addr().Is6() {
@@ -82,9 +82,24 @@ func nftCommand(r Rules) string {
 		}
 		raw = append(raw, fmt.Sprintf("%s daddr %s notrack", family, p))
 		input = append(input, fmt.Sprintf("%s daddr %s meta l4proto tcp socket wildcard 1 reject with tcp reset", family, p))
+		if p.Addr().Is4() {
+			nat = append(nat, fmt.Sprintf("ip daddr %s meta l4proto tcp redirect to :%d", p, r.Capture))
+		}
 	}
-	return fmt.Sprintf("run roost with CAP_NET_ADMIN, or: nft 'table inet roost { chain prerouting { type filter hook prerouting priority -300; %[1]s; } chain output { type filter hook output priority -300; %[1]s; } chain input { type filter hook input priority 0; %[2]s; } }'",
-		strings.Join(raw, "; "), strings.Join(input, "; "))
+	hooks := []string{"prerouting", "output"}
+	kind, priority, rules := "filter", "-300", raw
+	if r.Capture != 0 {
+		kind, priority, rules = "nat", "-150", nat
+		if !r.Everybody {
+			hooks = hooks[1:]
+		}
+	}
+	var chains []string
+	for _, hook := range hooks {
+		chains = append(chains, fmt.Sprintf("chain %s { type %s hook %s priority %s; %s; }", hook, kind, hook, priority, strings.Join(rules, "; ")))
+	}
+	chains = append(chains, fmt.Sprintf("chain input { type filter hook input priority 0; %s; }", strings.Join(input, "; ")))
+	return fmt.Sprintf("nft 'table inet %s { %s; }'", r.tableName(), strings.Join(chains, "; "))
 }
 
 func filesFinding() Finding {

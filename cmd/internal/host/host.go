@@ -12,6 +12,7 @@ import (
 	"log/slog"
 	"net/netip"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/roostmesh/roost/cmd/internal/config"
@@ -38,6 +39,24 @@ type Rules struct {
 	Capture uint16
 	// Everybody captures what comes from other namespaces, too.
 	Everybody bool
+}
+
+// tableName names the table of one set of pools, so that several Roosts on one
+// host keep out of each other's way.
+func (r Rules) tableName() string {
+	var b strings.Builder
+	b.WriteString("roost")
+	for _, p := range r.Pools {
+		b.WriteByte('_')
+		for _, c := range p.String() {
+			if c >= '0' && c <= '9' || c >= 'a' && c <= 'f' {
+				b.WriteRune(c)
+			} else {
+				b.WriteByte('_')
+			}
+		}
+	}
+	return b.String()
 }
 
 // RulesFor are the rules of a host that runs `roost run` or a node proxy.
@@ -91,10 +110,7 @@ func keep(c *config.Config, captured uint16, s *lb.Snapshot, replace bool) ([]lb
 				Message: "capture of the pool is not in place: " + err.Error(), Fix: "run roost with CAP_NET_ADMIN, or write capture: {node: bind}"})
 		}
 	}
-	if !c.Routed() {
-		return problems, err
-	}
-	for _, p := range c.Model.InternalPools {
+	for _, p := range RoutedPools(c) {
 		if rerr := KeepRoute(p); rerr != nil {
 			problems = append(problems, lb.Problem{Code: "pool_route_missing", Severity: discovery.SeverityError, Object: "host " + c.Model.Node, Place: "addresses.internal",
 				Message: fmt.Sprintf("pool %s is not routed to this host's proxies: %v", p, rerr), Fix: routeCommand(p)})
@@ -102,6 +118,29 @@ func keep(c *config.Config, captured uint16, s *lb.Snapshot, replace bool) ([]lb
 		}
 	}
 	return problems, err
+}
+
+// RoutedPools are the internal pools that need a route: all but loopback.
+func RoutedPools(c *config.Config) []netip.Prefix {
+	return slices.DeleteFunc(slices.Clone(c.Model.InternalPools), func(p netip.Prefix) bool { return p.Addr().IsLoopback() })
+}
+
+// Describe shows the commands that put the rules and the route in place, or
+// take them away.
+func Describe(c *config.Config, captured uint16, remove bool) string {
+	rules := RulesFor(c, captured)
+	out := nftScript(rules) + "\n"
+	if remove {
+		out = "nft delete table inet " + rules.tableName() + "\n"
+	}
+	for _, p := range RoutedPools(c) {
+		command := routeCommand(p)
+		if remove {
+			command = strings.Replace(command, " route add ", " route del ", 1)
+		}
+		out += command + "\n"
+	}
+	return out
 }
 
 func routeCommand(p netip.Prefix) string {

@@ -6,7 +6,6 @@ import (
 	"net"
 	"net/netip"
 	"os"
-	"strings"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/binaryutil"
@@ -14,24 +13,6 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
-
-// tableName names the table of one set of pools, so that several Roosts on one
-// host keep out of each other's way.
-func (r Rules) tableName() string {
-	var b strings.Builder
-	b.WriteString("roost")
-	for _, p := range r.Pools {
-		b.WriteByte('_')
-		for _, c := range p.String() {
-			if c >= '0' && c <= '9' || c >= 'a' && c <= 'f' {
-				b.WriteRune(c)
-			} else {
-				b.WriteByte('_')
-			}
-		}
-	}
-	return b.String()
-}
 
 // Install puts the rules in place, in one transaction; what is there already is
 // replaced by the same.
@@ -189,6 +170,24 @@ func KeepRoute(p netip.Prefix) error {
 	case errors.Is(err, unix.EPERM):
 		return fmt.Errorf("route: %w", ErrNotPermitted)
 	case err != nil:
+		return fmt.Errorf("route: %w", err)
+	}
+	return nil
+}
+
+// DropRoute takes the pool's route away; one that is not there is no error.
+func DropRoute(p netip.Prefix) error {
+	has, err := HasRoute(p)
+	if err != nil || !has {
+		return err
+	}
+	lo, err := netlink.LinkByName("lo")
+	if err != nil {
+		return fmt.Errorf("interface lo: %w", err)
+	}
+	err = netlink.RouteDel(&netlink.Route{LinkIndex: lo.Attrs().Index, Table: unix.RT_TABLE_LOCAL, Type: unix.RTN_LOCAL, Scope: netlink.SCOPE_HOST,
+		Dst: &net.IPNet{IP: p.Masked().Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}})
+	if err != nil {
 		return fmt.Errorf("route: %w", err)
 	}
 	return nil

@@ -26,3 +26,6 @@ func HasRoute(netip.Prefix) (bool, error) { return false, errLinux }
 
 // Overlapping is only on Linux.
 func Overlapping(netip.Prefix) ([]string, error) { return nil, errLinux }
+
+// DropRoute is only on Linux.
+func DropRoute(netip.Prefix) error { return nil }
