@@ -87,14 +87,17 @@ func (e *endpoint) problem() (lb.Problem, bool) {
 	if m == nil {
 		return lb.Problem{}, false
 	}
+	fix := fmt.Sprintf("give the host the address (`ip address add %s/%d dev lo`, or the route of its pool), or take it out of dns.addresses", e.want.Addr.Addr(), e.want.Addr.Addr().BitLen())
+	if errors.Is(m.err, syscall.EACCES) {
+		fix = fmt.Sprintf("`sysctl -w net.ipv4.ip_unprivileged_port_start=%d`, or run roost with AmbientCapabilities=CAP_NET_BIND_SERVICE", e.want.Addr.Port())
+	}
 	message := fmt.Sprintf("is not served: %v; it is tried again every %s", m.err, watchEvery)
 	if e.open.Load() != nil {
 		message = "is not on this host yet; it is bound already and answers as soon as the address is there"
 	}
 	return lb.Problem{
 		Code: "dns_address_unavailable", Severity: lb.SeverityWarning, Object: e.want.Addr.String(), Place: "dns.addresses",
-		Message: message, Since: m.since,
-		Fix: fmt.Sprintf("give the host the address (`ip address add %s/%d dev lo`, or the route of its pool), or take it out of dns.addresses", e.want.Addr.Addr(), e.want.Addr.Addr().BitLen()),
+		Message: message, Since: m.since, Fix: fix,
 	}, true
 }
 

@@ -55,6 +55,9 @@ type Listen struct {
 	// Tenant binds a view: every caller at this address is that tenant. When
 	// it is empty the caller's source address decides.
 	Tenant string
+	// Optional makes any failure to open it a Problem, and it is tried again:
+	// for an address that the operator has not asked for.
+	Optional bool
 }
 
 // Forwarder is where the names of one zone go. Several with the same zone are
@@ -113,12 +116,14 @@ func New(cfg Config) (*Server, error) {
 // caller that does not go on to Serve calls Close.
 func (s *Server) Listen(ctx context.Context) error {
 	for _, e := range s.endpoints {
-		if err := e.listen(ctx); err != nil {
+		if err := e.listen(ctx); err != nil && e.want.Optional {
+			e.fault(err)
+		} else if err != nil {
 			s.Close()
 			return fmt.Errorf("dns.addresses: %s: %w", e.want.Addr, cause(err))
 		}
 		if e.missing.Load() != nil {
-			s.log.Warn("DNS address is not on this host yet", "address", e.want.Addr, "bound", e.open.Load() != nil)
+			s.log.Warn("DNS address is not served as it should be yet", "address", e.want.Addr, "bound", e.open.Load() != nil, "reason", e.missing.Load().err)
 		}
 	}
 	s.forward.load(s.Addrs())

@@ -296,3 +296,19 @@ func TestServerFollowsTheSnapshot(t *testing.T) {
 		t.Errorf("after it: %v", got)
 	}
 }
+
+// TestOptionalAddressIsNoFailedStart: an address that nobody has asked for may
+// be taken; it is a Problem.
+func TestOptionalAddressIsNoFailedStart(t *testing.T) {
+	busy, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = busy.Close() }()
+	at := busy.Addr().(*net.TCPAddr).AddrPort()
+	s := newServer(t, world(), func(c *Config) { c.Listen = []Listen{{Addr: at, Optional: true}, loopbackListen("")} })
+	start(t, s)
+	if p := s.Problems(); len(p) != 1 || p[0].Code != "dns_address_unavailable" || !strings.Contains(p[0].Message, "address already in use") {
+		t.Errorf("problems %+v", p)
+	}
+}

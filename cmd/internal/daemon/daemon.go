@@ -172,7 +172,7 @@ func (d *Daemon) listenXDS(ctx context.Context, c *config.Config) error {
 func (d *Daemon) listenDNS(ctx context.Context, c *config.Config) error {
 	cfg := dns.Config{Snapshot: d.snapshot.Load, Domain: c.Model.Domain, Node: c.Model.Node, Log: d.log, Registerer: d.Registry}
 	for _, l := range c.DNS.Listen {
-		cfg.Listen = append(cfg.Listen, dns.Listen{Addr: l.Address, Tenant: l.Tenant})
+		cfg.Listen = append(cfg.Listen, dns.Listen{Addr: l.Address, Tenant: l.Tenant, Optional: l.Default})
 	}
 	for _, f := range c.DNS.Forward {
 		cfg.Forward = append(cfg.Forward, dns.Forwarder{Zone: f.Zone, To: f.To, Files: f.Files})
