@@ -40,12 +40,8 @@ func (f *proxyFlags) add(c *cobra.Command) {
 }
 
 // loadConfig reads the config where one is named or found; a proxy needs none.
-func (f *proxyFlags) loadConfig() (*config.Config, error) {
-	path := config.Find(f.config)
-	if path == "" {
-		return config.Load("")
-	}
-	return load(path)
+func (f *proxyFlags) loadConfig(ctx context.Context) (*config.Config, error) {
+	return loadHere(ctx, f.config)
 }
 
 func (f *proxyFlags) identity(c *config.Config) (lb.Identity, error) {
@@ -92,7 +88,7 @@ func (f *proxyFlags) control(c *config.Config) string {
 func bootstrapVerb(*options) *cobra.Command {
 	var f proxyFlags
 	c := &cobra.Command{Use: "bootstrap", Short: "Envoy's bootstrap as JSON on stdout", Args: cobra.NoArgs, RunE: func(cmd *cobra.Command, _ []string) error {
-		c, err := f.loadConfig()
+		c, err := f.loadConfig(cmd.Context())
 		if err != nil {
 			return err
 		}
@@ -130,7 +126,7 @@ func envoyVerb(*options) *cobra.Command {
 }
 
 func runEnvoy(ctx context.Context, f proxyFlags, path string, extra []string, out, talk io.Writer) error {
-	c, err := f.loadConfig()
+	c, err := f.loadConfig(ctx)
 	if err != nil {
 		return err
 	}

@@ -35,6 +35,16 @@ func runVerb(o *options) *cobra.Command {
 	return c
 }
 
+// loadHere reads the config of this host: a node name that the file does not
+// say comes from the Consul agent.
+func loadHere(ctx context.Context, path string) (*config.Config, error) {
+	c, err := config.LoadOn(config.Find(path), daemon.NodeName(ctx))
+	if err != nil {
+		return nil, exit(exitBadFile, err)
+	}
+	return c, nil
+}
+
 // load reads the config; mistakes are exit code 65, all of them on stderr.
 func load(path string) (*config.Config, error) {
 	c, err := config.Load(config.Find(path))
@@ -57,7 +67,7 @@ func logger(c config.Log, w io.Writer) *slog.Logger {
 }
 
 func serve(ctx context.Context, path string, out, talk io.Writer) error {
-	c, err := load(path)
+	c, err := loadHere(ctx, path)
 	if err != nil {
 		return err
 	}

@@ -240,6 +240,17 @@ func pause(ctx context.Context, d time.Duration) bool {
 	}
 }
 
+// NodeName asks the agent for its node's name.
+func (s *Source) NodeName(ctx context.Context) (string, error) {
+	o, cancel := s.options(ctx, 0)
+	defer cancel()
+	var self struct{ Config struct{ NodeName string } }
+	if _, err := s.client.Raw().Query("/v1/agent/self", &self, o); err != nil {
+		return "", fmt.Errorf("agent: %w", err)
+	}
+	return self.Config.NodeName, nil
+}
+
 // Run watches until ctx ends.
 func (s *Source) Run(ctx context.Context, emit func(discovery.Update)) error {
 	return newWatcher(s, emit).run(ctx)

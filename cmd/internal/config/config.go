@@ -111,13 +111,20 @@ func Find(path string) string {
 }
 
 // Load reads the file at path and what it includes; "" is the embedded default.
-// The error is a strict.Errors with every mistake, or wraps ErrNotFound.
+// The error is a strict.Errors with every mistake, or wraps ErrNotFound. A file
+// that names no node is of the host by its host name.
 func Load(path string) (*Config, error) {
+	return LoadOn(path, func(*Config) string { return "" })
+}
+
+// LoadOn is Load on a host whose name node knows where the file does not say
+// it; "" leaves the host name. It is asked with Consul and DataDir filled in.
+func LoadOn(path string, node func(*Config) string) (*Config, error) {
 	doc, files, errs, err := read(path)
 	if err != nil {
 		return nil, err
 	}
-	b := builder{doc: doc, errs: errs, config: &Config{Path: path, Files: files, Watch: files, Model: &lb.Config{}}}
+	b := builder{doc: doc, errs: errs, node: node, config: &Config{Path: path, Files: files, Watch: files, Model: &lb.Config{}}}
 	for _, pattern := range doc.Include {
 		b.config.Watch = append(b.config.Watch, resolve(path, pattern))
 	}

@@ -42,6 +42,7 @@ type builder struct {
 	doc    *document
 	config *Config
 	errs   strict.Errors
+	node   func(*Config) string
 }
 
 func (b *builder) bad(p strict.Place, key, format string, args ...any) {
@@ -49,11 +50,11 @@ func (b *builder) bad(p strict.Place, key, format string, args ...any) {
 }
 
 func (b *builder) build() {
+	b.sources()
 	b.general()
 	b.servers()
 	b.pools()
 	b.dns()
-	b.sources()
 	b.tenants()
 	b.services()
 	b.listeners()
@@ -68,13 +69,13 @@ func (b *builder) general() {
 	}
 	m.Datacenter = cmp.Or(d.Datacenter, "dc1")
 	m.TrustDomain = cmp.Or(d.TrustDomain, m.Domain)
-	m.Node = d.Node
-	if m.Node == "" {
-		m.Node, _ = os.Hostname()
-	}
 	b.config.DataDir = resolve(b.config.Path, d.DataDir)
 	if b.config.DataDir == "" {
 		b.config.DataDir = defaultDataDir()
+	}
+	m.Node = cmp.Or(d.Node, b.node(b.config))
+	if m.Node == "" {
+		m.Node, _ = os.Hostname()
 	}
 	m.CaptureNode = b.oneOf(d.Capture.Place, "node", d.Capture.Node, lb.CaptureBind, lb.CaptureTproxy, lb.CaptureNft)
 	m.CaptureSidecar = b.oneOf(d.Capture.Place, "sidecar", d.Capture.Sidecar, lb.CaptureBind, lb.CaptureNft)

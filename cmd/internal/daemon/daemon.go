@@ -131,10 +131,9 @@ func (d *Daemon) sources(c *config.Config) error {
 		cfg.Sources = append(cfg.Sources, file.New(file.Config{Name: SourceFile, Path: c.InstancePath, Node: c.Model.Node, Log: d.log}))
 	}
 	if k := c.Consul; k != nil {
-		source, err := consul.New(consul.Config{
-			Name: SourceConsul, Address: k.Address, TokenFile: k.TokenFile, DefaultTenant: k.DefaultTenant, TenantMeta: k.TenantMeta, MaxConnections: k.MaxConnections,
-			CAFile: k.CAFile, CertFile: k.CertFile, KeyFile: k.KeyFile, ServerName: k.ServerName, Log: d.log, Registerer: d.Registry,
-		})
+		cc := consulConfig(k)
+		cc.Log, cc.Registerer = d.log, d.Registry
+		source, err := consul.New(cc)
 		if err != nil {
 			return fmt.Errorf("discovery.consul: %w", err)
 		}

@@ -52,7 +52,7 @@ func (d *Daemon) watchConfig(ctx context.Context) error {
 			continue
 		}
 		last = now
-		c, err := config.Load(path)
+		c, err := config.LoadOn(path, func(*config.Config) string { return d.start.Model.Node })
 		if err == nil {
 			patterns = c.Watch
 			last = fingerprint(patterns)

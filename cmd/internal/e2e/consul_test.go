@@ -188,7 +188,24 @@ func up(status int, _ string) bool { return status == http.StatusOK }
 // and Envoy restarted under load.
 func TestConsulMigration(t *testing.T) {
 	c := newCatalog(t)
-	r := newRoost(host{t, ""}, onLoopback(t, "127.150.0.0/16", "discovery: {consul: {address: \"http://"+c.addr+"\"}}\n")).serve()
+	// The file names no node: it is the Consul agent's, also while Consul is gone.
+	config := strings.Replace(onLoopback(t, "127.150.0.0/16", "discovery: {consul: {address: \"http://"+c.addr+"\"}}\n"), "node: h1\n", "", 1)
+	r := newRoost(host{t, ""}, config).serve()
+	node := func() (v struct{ Node string }) {
+		t.Helper()
+		res, err := http.Get("http://" + r.args + "/version")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = res.Body.Close() }()
+		if err := json.NewDecoder(res.Body).Decode(&v); err != nil {
+			t.Fatal(err)
+		}
+		return v
+	}
+	if n := node().Node; n != "h1" {
+		t.Errorf("the node is %q", n)
+	}
 	h := r.host
 	h.app("http", "one", "127.0.0.21:9001")
 	second := h.app("http", "two", "127.0.0.22:9001")
@@ -246,6 +263,9 @@ func TestConsulMigration(t *testing.T) {
 	r.serve()
 	if got := r.address("acme/cart"); got != address {
 		t.Errorf("without Consul the address is %s, was %s", got, address)
+	}
+	if n := node().Node; n != "h1" {
+		t.Errorf("without Consul the node is %q", n)
 	}
 	r.problem("source_stale")
 	l.none(t, "roost restarted without Consul")
