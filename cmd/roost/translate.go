@@ -50,15 +50,11 @@ func translateVerb(o *options) *cobra.Command {
 					continue
 				}
 				seen[r.Name] = true
-				data, err := r.JSON()
+				item, err := shown(r)
 				if err != nil {
 					return exit(exitFailed, err)
 				}
-				var compact bytes.Buffer
-				if err := json.Compact(&compact, data); err != nil {
-					return exit(exitFailed, err)
-				}
-				items = append(items, translated{r.Type.String(), r.Name.Name, r.Version, compact.Bytes()})
+				items = append(items, item)
 			}
 		}
 		e := json.NewEncoder(cmd.OutOrStdout())
@@ -68,4 +64,22 @@ func translateVerb(o *options) *cobra.Command {
 	c.Flags().StringVar(&o.config, "config", "", "config file (default as for run)")
 	c.Flags().StringVar(&proxy, "proxy", "", "only what the proxy of this node id gets")
 	return c
+}
+
+// shown is a resource for people; a secret is named, its keys are not shown.
+func shown(r *envoy.Resource) (translated, error) {
+	out := translated{Type: r.Type.String(), Name: r.Name.Name, Version: r.Version, Resource: json.RawMessage("null")}
+	if r.Type == envoy.Secret {
+		return out, nil
+	}
+	data, err := r.JSON()
+	if err != nil {
+		return out, err
+	}
+	var compact bytes.Buffer
+	if err := json.Compact(&compact, data); err != nil {
+		return out, err
+	}
+	out.Resource = compact.Bytes()
+	return out, nil
 }

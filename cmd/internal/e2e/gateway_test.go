@@ -223,6 +223,17 @@ routes:
 		t.Errorf("plain HTTP gets %+v, want a redirect", o)
 	}
 
+	// Nothing that a person is shown has a key in it.
+	for _, args := range [][]string{{"translate", "--config", r.config}, {"config", "gateway~edge~one", "-o", "json"}, {"certificates", "-o", "json"}} {
+		code, out, errOut := r.cli(args...)
+		if code != 0 || !strings.Contains(out, "websecure") && args[0] != "certificates" {
+			t.Fatalf("roost %v: exit %d %s", args, code, errOut)
+		}
+		if strings.Contains(out, "PRIVATE") || strings.Contains(out, "private_key\":") || strings.Contains(out, "privateKey") {
+			t.Errorf("roost %v shows a private key", args)
+		}
+	}
+
 	// A connection that was there before the renewal goes on.
 	old, err := tls.Dial("tcp", address, &tls.Config{ServerName: "shop.example.com", InsecureSkipVerify: true})
 	if err != nil {
