@@ -107,7 +107,7 @@ func (s *Snapshot) ServiceAt(a netip.Addr) (*Service, bool) {
 }
 
 func (s *Snapshot) callers(prev *Snapshot, in Input) {
-	if prev == nil || prev.Callers == nil {
+	if prev == nil || prev.Callers == nil || !slices.Equal(prev.Callers.host, in.HostAddresses) {
 		s.Callers = newCallers(in.Config, in.HostAddresses)
 		for _, svc := range s.Order {
 			for _, e := range svc.Endpoints {

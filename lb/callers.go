@@ -46,7 +46,7 @@ func (v View) Sees(s *Service) bool {
 // Callers knows who a source address is on each node. It is immutable.
 type Callers struct {
 	loopback string
-	clients  []Client
+	host     []netip.Addr        // addresses of this host's interfaces
 	shared   *bart.Table[string] // clients of every node
 	byNode   map[string]*bart.Table[string]
 	nodes    map[string]*nodeCallers
@@ -56,16 +56,15 @@ type Callers struct {
 // until an instance of that node comes or goes.
 type nodeCallers struct {
 	at      map[netip.Addr]map[Key]int // how many instances of a service
-	own     map[netip.Addr]bool        // addresses of the node itself
+	own     map[netip.Addr]int         // addresses of the node itself, and how many say so
 	tenants map[string]int             // instances of each tenant
 }
 
 func newCallers(c *Config, hostAddresses []netip.Addr) *Callers {
-	out := &Callers{loopback: c.Loopback, shared: new(bart.Table[string]), byNode: map[string]*bart.Table[string]{}, nodes: map[string]*nodeCallers{}}
+	out := &Callers{loopback: c.Loopback, host: hostAddresses, shared: new(bart.Table[string]), byNode: map[string]*bart.Table[string]{}, nodes: map[string]*nodeCallers{}}
 	for _, t := range c.Tenants {
 		for _, client := range t.Clients {
 			client.Prefix = client.Prefix.Masked()
-			out.clients = append(out.clients, client)
 			table := out.shared
 			if client.Node != "" {
 				if out.byNode[client.Node] == nil {
@@ -79,7 +78,7 @@ func newCallers(c *Config, hostAddresses []netip.Addr) *Callers {
 	if len(hostAddresses) > 0 {
 		n := out.edit(c.Node)
 		for _, a := range hostAddresses {
-			n.own[a] = true
+			n.own[a.Unmap()]++
 		}
 	}
 	return out
@@ -118,7 +117,7 @@ func (c *Callers) edit(node string) *nodeCallers {
 
 func (n *nodeCallers) clone() *nodeCallers {
 	if n == nil {
-		return &nodeCallers{at: map[netip.Addr]map[Key]int{}, own: map[netip.Addr]bool{}, tenants: map[string]int{}}
+		return &nodeCallers{at: map[netip.Addr]map[Key]int{}, own: map[netip.Addr]int{}, tenants: map[string]int{}}
 	}
 	out := &nodeCallers{at: make(map[netip.Addr]map[Key]int, len(n.at)), own: maps.Clone(n.own), tenants: maps.Clone(n.tenants)}
 	for a, keys := range n.at {
@@ -138,8 +137,10 @@ func (n *nodeCallers) count(e *Endpoint, k Key, by int) {
 	if n.tenants[k.Tenant] += by; n.tenants[k.Tenant] <= 0 {
 		delete(n.tenants, k.Tenant)
 	}
-	if e.Instance.NodeAddress.IsValid() {
-		n.own[e.Instance.NodeAddress.Unmap()] = true
+	if own := e.Instance.NodeAddress.Unmap(); own.IsValid() {
+		if n.own[own] += by; n.own[own] <= 0 {
+			delete(n.own, own)
+		}
 	}
 }
 
@@ -189,7 +190,7 @@ func (c *Callers) instance(node string, addr netip.Addr) View {
 	if n == nil || len(n.at[addr]) == 0 {
 		return View{Why: "no clients prefix and no instance on node " + node + " has this address"}
 	}
-	if n.own[addr] {
+	if n.own[addr] > 0 {
 		return View{Why: "the address is the node's own, so it names no instance"}
 	}
 	keys := slices.SortedFunc(maps.Keys(n.at[addr]), Key.Compare)
@@ -258,13 +259,17 @@ type Admitted struct {
 	Except []netip.Prefix
 }
 
+var loopbacks = []netip.Prefix{netip.MustParsePrefix("127.0.0.0/8"), netip.MustParsePrefix("::1/128")}
+
 // Admit lists the sources on a node from which a service of tenant that grants
 // allow may be called, in a stable order. It agrees with Who.
 func (c *Callers) Admit(node, tenant string, allow []Grant) []Admitted {
 	s := &Service{Key: Key{Tenant: tenant}, Spec: &ServiceSpec{Allow: allow}}
 	var out []Admitted
 	if c.loopbackView().Sees(s) {
-		out = append(out, Admitted{Prefix: netip.MustParsePrefix("127.0.0.0/8")}, Admitted{Prefix: netip.MustParsePrefix("::1/128")})
+		for _, p := range loopbacks {
+			out = append(out, Admitted{Prefix: p})
+		}
 	}
 	effective := map[netip.Prefix]string{}
 	for p, t := range c.shared.All() {
@@ -276,10 +281,15 @@ func (c *Callers) Admit(node, tenant string, allow []Grant) []Admitted {
 		}
 	}
 	for p, t := range effective {
-		if !s.Allows(t, "") {
+		if !s.Allows(t, "") || p.Addr().IsLoopback() {
 			continue
 		}
 		a := Admitted{Prefix: p}
+		for _, inner := range loopbacks {
+			if p.Overlaps(inner) {
+				a.Except = append(a.Except, inner) // its own rule decides, and comes first
+			}
+		}
 		for inner, other := range effective {
 			if inner.Bits() > p.Bits() && p.Overlaps(inner) && !s.Allows(other, "") {
 				a.Except = append(a.Except, inner)

@@ -63,7 +63,7 @@ func TestAdmitAgreesWithWho(t *testing.T) {
 		for _, name := range tenants {
 			tenant := &Tenant{Name: name}
 			for range rapid.IntRange(0, 3).Draw(rt, "clients") {
-				p := netip.PrefixFrom(address("client"), rapid.IntRange(8, 32).Draw(rt, "bits")).Masked()
+				p := netip.PrefixFrom(address("client"), rapid.IntRange(0, 32).Draw(rt, "bits")).Masked()
 				node := rapid.SampledFrom(nodes).Draw(rt, "node")
 				if id := p.String() + "@" + node; !taken[id] { // config refuses the same one twice
 					taken[id] = true
@@ -84,6 +84,9 @@ func TestAdmitAgreesWithWho(t *testing.T) {
 		s := Build(nil, Input{Config: c, Catalog: discovery.NewCatalog(list), Services: specs, HostAddresses: []netip.Addr{address("host")}})
 		service := s.Services[Key{Tenant: "a", Service: "x"}]
 		caller := address("caller")
+		if n := rapid.IntRange(0, 7).Draw(rt, "over loopback"); n < 3 {
+			caller = []netip.Addr{netip.MustParseAddr("127.0.0.1"), netip.MustParseAddr("127.9.9.9"), netip.MustParseAddr("::1")}[n]
+		}
 		in := false
 		for _, a := range s.Callers.Admit("h1", "a", service.Spec.Allow) {
 			inside := a.Prefix.Contains(caller)
@@ -94,6 +97,10 @@ func TestAdmitAgreesWithWho(t *testing.T) {
 		}
 		if who := s.Callers.Who("h1", caller); who.Sees(service) != in {
 			rt.Fatalf("%s is %s (%s): sees %v, admitted %v", caller, who, who.Why, who.Sees(service), in)
+		}
+		// Whoever may call finds a listener on the node's proxy.
+		if in && !s.SightOf(Identity{Role: Node, Node: "h1"}).Sees(service) {
+			rt.Fatalf("%s may call, but the node's proxy does not hold the service", caller)
 		}
 	})
 }
@@ -176,6 +183,16 @@ func TestProblemsNameTheWayOut(t *testing.T) {
 }
 
 func TestIdentityRoundTrip(t *testing.T) {
+	rapid.Check(t, func(rt *rapid.T) {
+		part := func(label string) string { return rapid.StringN(1, 8, -1).Draw(rt, label) }
+		want := Identity{Role: Sidecar, Tenant: part("tenant"), Service: part("service"), Instance: part("instance")}
+		if rapid.Bool().Draw(rt, "on a node") {
+			want.Node = part("node")
+		}
+		if got, err := ParseIdentity(want.String()); err != nil || got != want {
+			rt.Fatalf("%s is read as %+v, %v; want %+v", want, got, err, want)
+		}
+	})
 	for _, id := range []Identity{
 		{Role: Sidecar, Tenant: "acme", Service: "shop", Instance: "a~b/c@d%e", Node: "h@1"}, {Role: Sidecar, Tenant: "acme", Service: "shop", Instance: "s"},
 		{Role: Node, Node: "h~1"}, {Role: Gateway, Group: "edge", Member: "h1/x"},
@@ -184,7 +201,7 @@ func TestIdentityRoundTrip(t *testing.T) {
 			t.Errorf("%s is read as %+v, %v; want %+v", id, got, err, id)
 		}
 	}
-	for _, bad := range []string{"", "node", "node~", "sidecar~a~b", "gateway~edge", "x~y~z", "node~%zz"} {
+	for _, bad := range []string{"", "node", "node~", "sidecar~a~b", "gateway~edge", "x~y~z", "node~%zz", "sidecar~a~b~@h1", "sidecar~a~b~x@", "sidecar~a~b~x@y@z"} {
 		if _, err := ParseIdentity(bad); err == nil {
 			t.Errorf("%q is taken", bad)
 		}

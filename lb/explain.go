@@ -3,6 +3,7 @@ package lb
 import (
 	"cmp"
 	"fmt"
+	"maps"
 	"net/netip"
 	"net/url"
 	"slices"
@@ -27,7 +28,7 @@ const (
 type Question struct {
 	URL     string
 	Method  string
-	Headers map[string]string // by lower-case name
+	Headers map[string]string // by lower-case name; host is the URL's where it is absent
 	// From is who asks: the zero View asks as the operator, who sees all.
 	From     *View
 	Listener string // only this public listener
@@ -121,6 +122,10 @@ func (s *Snapshot) Explain(q Question) (*Explanation, error) {
 		return nil, fmt.Errorf("url %q: want http://HOST/PATH, https://..., grpc://... or tcp://HOST:PORT", q.URL)
 	}
 	q.Method = cmp.Or(strings.ToUpper(q.Method), "GET")
+	headers := map[string]string{}
+	maps.Copy(headers, q.Headers)
+	headers["host"] = cmp.Or(headers["host"], u.Host)
+	q.Headers = headers
 	e := &explainer{s: s, q: q, url: u}
 	e.out = Explanation{To: []WeightedTarget{}, Endpoints: []EndpointState{}, Considered: []Considered{}, Steps: []Step{}}
 	if p := u.Port(); p != "" {
@@ -347,16 +352,10 @@ func (e *explainer) onListener(l *Listener) {
 
 // match walks the routes in the order in which Envoy matches them.
 func (e *explainer) match(routes []*Route, l *Listener) {
-	host := strings.ToLower(e.url.Hostname())
-	if h := e.q.Headers["host"]; h != "" {
-		host = strings.ToLower(h)
-		if i := strings.LastIndexByte(host, ':'); i > 0 && !strings.HasSuffix(host, "]") {
-			host = host[:i]
-		}
-	}
-	path := e.url.EscapedPath()
-	if l != nil {
-		path = normal(path)
+	host := strings.ToLower(e.host())
+	path := cmp.Or(e.url.EscapedPath(), "/")
+	if e.out.Role == Gateway {
+		path = e.path()
 	}
 	var v *VirtualHost
 	for _, candidate := range VirtualHosts(routes) {
@@ -374,8 +373,9 @@ func (e *explainer) match(routes []*Route, l *Listener) {
 		return
 	}
 	e.out.VirtualHost = text(v.Domain)
+	query := parameters(e.url.RawQuery)
 	for _, r := range v.Routes {
-		reason := r.Match.mismatch(e.q, cmp.Or(path, "/"), e.url.Query())
+		reason := r.Match.mismatch(e.q, path, query)
 		e.out.Considered = append(e.out.Considered, Considered{r.Name, reason == "", cmp.Or(reason, "everything it asks for is so")})
 		if reason == "" {
 			e.take(r)
@@ -385,17 +385,32 @@ func (e *explainer) match(routes []*Route, l *Listener) {
 	e.miss(l, NoRoute, fmt.Sprintf("no route of host %s matches", v.Domain))
 }
 
+// host is the host that is asked for, without its port.
+func (e *explainer) host() string {
+	host := e.q.Headers["host"]
+	if i := strings.LastIndexByte(host, ':'); i > 0 && !strings.HasSuffix(host, "]") {
+		host = host[:i]
+	}
+	return host
+}
+
+// path is the path as a gateway matches it.
+func (e *explainer) path() string { return normal(cmp.Or(e.url.RawPath, e.url.EscapedPath())) }
+
 func (e *explainer) miss(l *Listener, outcome, why string) {
 	if l == nil || l.RedirectsTo == nil {
 		e.end(outcome, why)
 		return
 	}
 	to := l.RedirectsTo.Spec
-	at := "https://" + e.url.Hostname()
+	at := "https://" + e.host()
 	if port := cmp.Or(to.ExternalPort, to.Address.Port()); port != 443 {
 		at += ":" + strconv.Itoa(int(port))
 	}
-	at += e.url.RequestURI()
+	at += e.path()
+	if e.url.RawQuery != "" || e.url.ForceQuery {
+		at += "?" + e.url.RawQuery
+	}
 	e.out.Location = &at
 	e.end(Redirected, fmt.Sprintf("%s; listener %s takes over by 308", why, to.Name))
 }

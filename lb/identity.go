@@ -39,7 +39,10 @@ func ParseIdentity(id string) (Identity, error) {
 	}
 	switch {
 	case parts[0] == string(Sidecar) && len(parts) == 4:
-		instance, node, _ := strings.Cut(parts[3], "@")
+		instance, node, on := strings.Cut(parts[3], "@")
+		if instance == "" || on && node == "" || strings.Contains(node, "@") {
+			return Identity{}, fmt.Errorf("node id %q: %q is no ID[@NODE]", id, parts[3])
+		}
 		return unescape(Identity{Role: Sidecar, Tenant: parts[1], Service: parts[2], Instance: instance, Node: node})
 	case parts[0] == string(Node) && len(parts) == 2:
 		return unescape(Identity{Role: Node, Node: parts[1]})
