@@ -418,7 +418,7 @@ func (e *explainer) miss(l *Listener, outcome, why string) {
 // take follows a route to its clusters and endpoints.
 func (e *explainer) take(r *Route) {
 	e.out.Route, e.out.Origin = text(r.Name), text(r.Origin)
-	serving := 0
+	known, serving := 0, 0
 	for _, d := range r.To {
 		e.out.To = append(e.out.To, WeightedTarget{d.Service.String(), d.Version, d.Weight, d.Cluster})
 		e.out.Clusters = append(e.out.Clusters, d.Cluster)
@@ -438,18 +438,18 @@ func (e *explainer) take(r *Route) {
 		states, up := svc.states(d)
 		e.out.Endpoints = append(e.out.Endpoints, states...)
 		if d.Weight > 0 {
-			serving += up
+			known, serving = known+len(states), serving+up
 		}
 	}
 	switch {
 	case serving > 0:
-		e.step("endpoint", true, fmt.Sprintf("%d of %d instances take traffic", serving, len(e.out.Endpoints)))
+		e.step("endpoint", true, fmt.Sprintf("%d of %d instances take traffic", serving, known))
 		e.end(Routed, "")
-	case len(e.out.Endpoints) == 0:
+	case known == 0:
 		e.step("endpoint", false, "the service has no instance")
 		e.end(NoEndpoint, "the service has no running instance; its address and name stay")
 	default:
-		e.step("endpoint", false, fmt.Sprintf("none of %d instances takes traffic", len(e.out.Endpoints)))
+		e.step("endpoint", false, fmt.Sprintf("none of %d instances takes traffic", known))
 		e.end(NoHealthyEndpoint, "none of the service's instances takes traffic")
 	}
 }

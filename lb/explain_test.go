@@ -41,6 +41,7 @@ func explained(t *testing.T) *Snapshot {
 			{Name: "kept", Tenant: "acme", Listeners: []string{"plain"}, Hosts: []string{"kept.example.com"}, To: []Target{to("shop", "", 1)}, Origin: "f:9:1"},
 			{Name: "pg", Tenant: "acme", Listeners: []string{"pg"}, To: []Target{to("db", "", 1)}, Origin: "f:10:1"},
 			{Name: "ghost", Tenant: "acme", Listeners: web, Hosts: []string{"ghost.example.com"}, To: []Target{to("ghost", "", 1)}, Origin: "f:11:1"},
+			{Name: "drained", Tenant: "acme", Listeners: web, Hosts: []string{"drained.example.com"}, To: []Target{to("shop", "v1", 0), to("shop", "v3", 1)}, Origin: "f:13:1"},
 			{Name: "canary", Tenant: "acme", Match: Match{Headers: []ValueMatch{{Name: "x-canary", Exact: "1"}}}, To: []Target{to("cart", "", 1)}, Origin: "f:12:1"},
 		}}
 	at := func(s string) Addresses { return Addresses{Internal: netip.MustParseAddr(s), Generation: 1} }
@@ -76,6 +77,7 @@ func TestExplainOutcomes(t *testing.T) {
 		{name: "by scheme", url: "https://kept.example.com/", outcome: NoHost, at: "secure", why: "no listener has port 443, so the listeners of scheme https were asked; no route has host kept.example.com"},
 		{name: "no instance", url: "http://cart.example.com/", outcome: NoEndpoint, at: "web", route: "gone", via: "cart.acme:http", why: "no running instance"},
 		{name: "no service", url: "http://ghost.example.com/", outcome: NoEndpoint, at: "web", route: "ghost", via: "ghost.acme:unknown", why: "no running instance"},
+		{name: "no instance of its weight", url: "http://drained.example.com/", outcome: NoEndpoint, at: "web", route: "drained", via: "shop.acme:http@v3", why: "no running instance"},
 		{name: "no healthy instance", url: "http://sick.example.com/", outcome: NoHealthyEndpoint, at: "web", route: "sick", via: "sick.acme:http", why: "none of the service's instances takes traffic"},
 		{name: "redirected", url: "http://any.example.com:8080/a/../b?c=%2f", outcome: Redirected, at: "plain", via: "https://any.example.com:8443/b?c=%2f", why: "listener secure takes over by 308"},
 		{name: "redirected by its host header", url: "http://127.0.0.1:8080/", headers: map[string]string{"host": "any.example.com:1234"}, outcome: Redirected, at: "plain", via: "https://any.example.com:8443/"},

@@ -57,7 +57,7 @@ func cluster(s *lb.Service, p *lb.Port, name string) *clusterv3.Cluster {
 		LbPolicy:                      policy(s.Spec.Policy),
 		Metadata:                      metadata("tenant", s.Key.Tenant, "service", s.Key.Service),
 		CircuitBreakers:               breakers(s.Spec.CircuitBreaker),
-		HealthChecks:                  healthChecks(s.Spec.HealthCheck),
+		HealthChecks:                  healthChecks(s.Spec.HealthCheck, p.Protocol),
 		OutlierDetection:              outliers(s.Spec.OutlierDetection),
 		// An instance that left the catalog goes at once, whatever probes say.
 		IgnoreHealthOnHostRemoval: true,
@@ -109,8 +109,10 @@ func breakers(b *lb.CircuitBreaker) *clusterv3.CircuitBreakers {
 	}}}
 }
 
-func healthChecks(h *lb.HealthCheck) []*corev3.HealthCheck {
-	if h == nil {
+// healthChecks probe one port: in its own protocol where it speaks HTTP, else by
+// connecting.
+func healthChecks(h *lb.HealthCheck, protocol string) []*corev3.HealthCheck {
+	if h == nil || protocol == lb.UDP {
 		return nil
 	}
 	interval := cmp.Or(h.Interval, defaultHealthInterval)
@@ -119,8 +121,12 @@ func healthChecks(h *lb.HealthCheck) []*corev3.HealthCheck {
 		HealthyThreshold: u32(cmp.Or(h.Healthy, defaultThreshold)), UnhealthyThreshold: u32(cmp.Or(h.Unhealthy, defaultThreshold)),
 		HealthChecker: &corev3.HealthCheck_TcpHealthCheck_{TcpHealthCheck: &corev3.HealthCheck_TcpHealthCheck{}},
 	}
-	if h.HTTPPath != "" {
-		c.HealthChecker = &corev3.HealthCheck_HttpHealthCheck_{HttpHealthCheck: &corev3.HealthCheck_HttpHealthCheck{Path: h.HTTPPath}}
+	if h.HTTPPath != "" && lb.IsHTTP(protocol) {
+		http := &corev3.HealthCheck_HttpHealthCheck{Path: h.HTTPPath}
+		if protocol != lb.HTTP {
+			http.CodecClientType = typev3.CodecClientType_HTTP2
+		}
+		c.HealthChecker = &corev3.HealthCheck_HttpHealthCheck_{HttpHealthCheck: http}
 	}
 	return []*corev3.HealthCheck{c}
 }

@@ -8,6 +8,7 @@
 package config
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -130,21 +131,45 @@ func LoadOn(path string, node func(*Config) string) (*Config, error) {
 	}
 	b.build()
 	if len(b.errs) > 0 {
-		return nil, firstOfEach(b.errs)
+		return nil, inOrder(apart(b.errs, len(errs)), files)
 	}
 	return b.config, nil
 }
 
-// firstOfEach keeps the first mistake of each value: one that could not be read
-// also looks as if it were missing.
-func firstOfEach(errs strict.Errors) strict.Errors {
-	seen := map[[2]string]bool{}
-	return slices.DeleteFunc(errs, func(e strict.Error) bool {
-		at := [2]string{e.Place, e.Path}
-		twice := seen[at]
-		seen[at] = true
-		return twice
+// apart leaves out what follows from the first mistakes, those of reading: a
+// value that could not be read also looks as if it were missing.
+func apart(errs strict.Errors, reading int) strict.Errors {
+	type at struct{ place, path string }
+	unread := map[at]bool{}
+	for _, e := range errs[:reading] {
+		unread[at{e.Place, e.Path}] = true
+	}
+	out := slices.Clone(errs[:reading])
+	for _, e := range errs[reading:] {
+		if !unread[at{e.Place, e.Path}] && !slices.Contains(out, e) {
+			out = append(out, e)
+		}
+	}
+	return out
+}
+
+// inOrder sorts mistakes as they stand in the files.
+func inOrder(errs strict.Errors, files []string) strict.Errors {
+	place := func(e strict.Error) (file, line, column int) {
+		for i, f := range files {
+			if rest, ok := strings.CutPrefix(e.Place, f+":"); ok {
+				_, _ = fmt.Sscanf(rest, "%d:%d", &line, &column)
+				return i, line, column
+			}
+		}
+		return len(files), 0, 0
+	}
+	slices.SortStableFunc(errs, func(a, b strict.Error) int {
+		f1, l1, c1 := place(a)
+		f2, l2, c2 := place(b)
+		return cmp.Or(cmp.Compare(f1, f2), cmp.Compare(l1, l2), cmp.Compare(c1, c2))
 	})
+	return errs
 }
 
 func read(path string) (*document, []string, strict.Errors, error) {

@@ -10,6 +10,8 @@ import (
 	"github.com/roostmesh/roost/lb"
 )
 
+var methodName = regexp.MustCompile(`^[A-Z][A-Z0-9_-]*$`)
+
 func (b *builder) listeners() {
 	seen := map[string]string{}
 	for _, l := range b.doc.Listeners {
@@ -146,7 +148,7 @@ func (c *checker) match(m matchDoc) lb.Match {
 	}
 	c.regex(m.Place, "path_regex", m.PathRegex)
 	for _, method := range m.Methods {
-		if method == "" || strings.ToUpper(method) != method {
+		if !methodName.MatchString(method) {
 			c.bad(m.Place, "methods", "%q is no method; write it in capitals, like GET", method)
 		}
 		out.Methods = append(out.Methods, method)
@@ -157,6 +159,9 @@ func (c *checker) match(m matchDoc) lb.Match {
 		out.Headers = append(out.Headers, v)
 	}
 	for _, q := range m.Query {
+		if q.Invert {
+			c.bad(q.Place, "invert", "is for headers only: Envoy cannot ask for a query parameter not to match; put the other case into a route of its own")
+		}
 		out.Query = append(out.Query, c.value(q))
 	}
 	return out

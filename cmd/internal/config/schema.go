@@ -3,6 +3,7 @@ package config
 import (
 	"encoding/json"
 	"reflect"
+	"slices"
 	"time"
 
 	"github.com/roostmesh/roost/discovery/file"
@@ -35,6 +36,11 @@ var enums = map[reflect.Type]map[string][]string{
 	reflect.TypeFor[accessLogDoc](): {"format": {"json", "text", "none"}, "proxies": {"gateway", "all"}, "errors": {"all", "none"}},
 	reflect.TypeFor[captureDoc]():   {"node": {"bind", "tproxy", "nft"}, "sidecar": {"bind", "nft"}},
 	reflect.TypeFor[file.Row]():     {"health": {"passing", "warning", "critical", "maintenance"}},
+}
+
+// numbers are texts that are naturally written as numbers; the loader takes both.
+var numbers = map[reflect.Type][]string{
+	reflect.TypeFor[retryDoc](): {"on"}, reflect.TypeFor[targetDoc](): {"version"}, reflect.TypeFor[file.Row](): {"version"}, reflect.TypeFor[valueDoc](): {"exact", "prefix"},
 }
 
 func schemaOf(t reflect.Type) map[string]any {
@@ -86,6 +92,16 @@ func fields(owner, t reflect.Type, out map[string]any) {
 		if values := enums[owner][key]; values != nil {
 			s["enum"] = values
 		}
+		if slices.Contains(numbers[owner], key) {
+			orNumber(s)
+		}
 		out[key] = s
 	}
+}
+
+func orNumber(s map[string]any) {
+	if items, ok := s["items"].(map[string]any); ok {
+		s = items
+	}
+	s["type"] = []string{"string", "number"}
 }

@@ -181,6 +181,7 @@ func (b *builder) pools() {
 			m.InternalPools = append(m.InternalPools, p)
 		}
 	}
+	slices.SortStableFunc(m.InternalPools, func(a, b netip.Prefix) int { return cmp.Compare(a.Addr().BitLen(), b.Addr().BitLen()) }) // IPv4 first
 	if v4 := slices.IndexFunc(m.InternalPools, func(p netip.Prefix) bool { return p.Addr().Is4() }); v4 < 0 && len(m.InternalPools) > 0 {
 		b.bad(d.Place, "internal", "has no IPv4 CIDR; write [IPV4_CIDR, IPV6_CIDR]")
 	}

@@ -16,8 +16,10 @@ import (
 
 const oddRoutes = `
 services:
-  - {name: shop, tenant: acme, ports: [{port: 18095, protocol: http}], instances: [{id: v1, address: "127.0.0.34:9001", version: v1}, {id: v2, address: "127.0.0.35:9001", version: v2}]}
+  - {name: shop, tenant: acme, ports: [{port: 18095, protocol: http}], dedicated_ip: {}, instances: [{id: v1, address: "127.0.0.34:9001", version: v1}, {id: v2, address: "127.0.0.35:9001", version: v2}]}
+  - {name: none, tenant: acme, ports: [{port: 18095, protocol: http}]}
 routes:
+  - {name: mesh, tenant: acme, match: {path: /y}, to: [{service: shop, weight: 0}, {service: none}]}
   - {name: as-sent, tenant: acme, listeners: [open], match: {query: [{name: q, exact: "a%20b"}]}, to: [{service: shop, version: v1}]}
   - {name: semicolon, tenant: acme, listeners: [open], match: {query: [{name: q, exact: "1;r=2"}]}, to: [{service: shop, version: v1}]}
   - {name: there, tenant: acme, listeners: [open], match: {query: [{name: p}]}, to: [{service: shop, version: v1}]}
@@ -37,7 +39,7 @@ func newOdd(t *testing.T) *odd {
 	t.Helper()
 	open, plain, secure := freePort(t), freePort(t), freePort(t)
 	h := host{t, ""}
-	r := newRoost(h, onLoopback(t, "127.164.0.0/16", fmt.Sprintf(`listeners:
+	r := newRoost(h, onLoopback(t, "127.164.0.0/16, dedicated: {public: {cidr: 127.198.0.0/24}}", fmt.Sprintf(`listeners:
   - {name: open, address: "127.0.0.1:%d", protocol: http, gateway: odd}
   - {name: plain, address: "127.0.0.1:%d", protocol: http, gateway: odd}
   - {name: secure, address: "127.0.0.1:%d", protocol: https, gateway: odd, redirect_from: plain, certificates: [{cert_file: a.crt, key_file: a.key}]}
@@ -127,4 +129,28 @@ func (r *roost) redirected(t *testing.T, target, hostname string) string {
 		t.Fatalf("explain %q: %+v", target, e)
 	}
 	return e.Location
+}
+
+// TestExplainAgreesOnServiceAddresses: a gateway normalizes paths, for dedicated
+// IPs, too; a node proxy passes on what the caller has written.
+func TestExplainAgreesOnServiceAddresses(t *testing.T) {
+	o := newOdd(t)
+	o.envoy("--node", "h1")
+	var s serviceJSON
+	o.json(&s, "service", "show", "acme/shop")
+	until(t, "the node proxy answers", func() error {
+		if got := o.call("http", "http://"+s.Address+":18095/"); !strings.HasPrefix(got, "200") {
+			return errors.New(got)
+		}
+		return nil
+	})
+	for address, normalizes := range map[string]bool{s.Address: false, *s.DedicatedIP: true} {
+		for path, same := range map[string]bool{"/y": true, "/y?a": true, "/y/": false, "/x/../y": normalizes, "//y": normalizes, "/%79": normalizes, "/./y": normalizes, "/": false} {
+			target := "http://" + address + ":18095" + path
+			got, want := ask(t, target, http.MethodGet, "shop.acme.roost", nil), o.explained(t, target, http.MethodGet, "shop.acme.roost", nil)
+			if got.status != want.status || got.reason != want.reason || (got.reason == "no_endpoint") != same {
+				t.Errorf("%s: Envoy %+v, Explain %+v, the route for /y: %v", target, got, want, same)
+			}
+		}
+	}
 }

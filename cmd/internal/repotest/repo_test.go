@@ -129,9 +129,9 @@ const (
 // once what it is for, and nothing happens at import.
 func TestSizes(t *testing.T) {
 	docs := map[string]int{}
-	fset := token.NewFileSet()
+	fset, dir := token.NewFileSet(), root(t)
 	for _, path := range run(t, "git", "ls-files", "*.go") {
-		full := filepath.Join(root(t), path)
+		full := filepath.Join(dir, path)
 		f, err := parser.ParseFile(fset, full, nil, parser.ParseComments)
 		if err != nil {
 			t.Fatal(err)
@@ -167,8 +167,9 @@ func TestSizes(t *testing.T) {
 
 // TestNoWaitingBySleep: tests wait for the event itself.
 func TestNoWaitingBySleep(t *testing.T) {
+	dir := root(t)
 	for _, path := range run(t, "git", "ls-files", "*_test.go") {
-		data, err := os.ReadFile(filepath.Join(root(t), path))
+		data, err := os.ReadFile(filepath.Join(dir, path))
 		if err != nil {
 			t.Fatal(err)
 		}
