@@ -87,8 +87,13 @@ type Instance struct {
 // tenant/service/id.
 func (i *Instance) Name() string { return i.Key.String() + "/" + i.ID }
 
-// QualifiedName is tenant/service/id@node.
-func (i *Instance) QualifiedName() string { return i.Name() + "@" + i.Node }
+// QualifiedName is tenant/service/id@node; without a node it is the Name.
+func (i *Instance) QualifiedName() string {
+	if i.Node == "" {
+		return i.Name()
+	}
+	return i.Name() + "@" + i.Node
+}
 
 func compareInstances(a, b *Instance) int {
 	return cmp.Or(a.Key.Compare(b.Key), strings.Compare(a.ID, b.ID), strings.Compare(a.Node, b.Node), strings.Compare(a.Source, b.Source))

@@ -131,6 +131,9 @@ func public(c *lb.Config, l *lb.Listener, secrets []secret) *Resource {
 	} else {
 		out.FilterChains = []*listenerv3.FilterChain{{Filters: []*listenerv3.Filter{filter}}}
 	}
+	if l.Spec.Address.Addr() == netip.IPv6Unspecified() {
+		out.Address.GetSocketAddress().Ipv4Compat = true // as everywhere on Linux, [::] is both
+	}
 	if l.Spec.Address.Addr().IsUnspecified() {
 		// A service's address must not be answered by a wildcard socket.
 		if pools := pools(c); len(pools) > 0 {
