@@ -20,6 +20,9 @@ type Input struct {
 	// HostAddresses are the addresses of this host's interfaces: they name the
 	// node, never an instance.
 	HostAddresses []netip.Addr
+	// Drains are the instances to take out of service, by service and qualified
+	// name.
+	Drains map[Key]map[string]Drain
 }
 
 // Build makes the next Snapshot. It is pure: the same input gives the same
@@ -39,7 +42,7 @@ func Build(prev *Snapshot, in Input) *Snapshot {
 		if prev != nil && prev.Config.sameNames(in.Config) {
 			before = prev.Services[spec.Key]
 		}
-		svc := buildService(before, in.Config, spec, in.Addresses[spec.Key], in.Catalog.Groups[spec.Key], versions[spec.Key])
+		svc := buildService(before, in.Config, spec, in.Addresses[spec.Key], in.Catalog.Groups[spec.Key], versions[spec.Key], in.Drains[spec.Key])
 		s.Services[spec.Key] = svc
 		s.Order = append(s.Order, svc)
 	}

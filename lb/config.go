@@ -147,8 +147,20 @@ type ServiceSpec struct {
 	CircuitBreaker   *CircuitBreaker
 	Timeout          time.Duration // of a request; 0 is Envoy's 15 s
 	Retry            *Retry        // nil: Roost's default
-	DrainTimeout     time.Duration
-	Origin           string // FILE:LINE:COL, consul:NODE/ID or api
+	DrainTimeout     time.Duration // 0 is DefaultDrainTimeout
+	DrainClose       bool          // TCP connections that outlive it are closed
+	Origin           string        // FILE:LINE:COL, consul:NODE/ID or api
+}
+
+// DefaultDrainTimeout bounds a drain where the service says nothing.
+const DefaultDrainTimeout = 30 * time.Second
+
+// DrainTime bounds what a drain waits for.
+func (s *ServiceSpec) DrainTime() time.Duration {
+	if s.DrainTimeout > 0 {
+		return s.DrainTimeout
+	}
+	return DefaultDrainTimeout
 }
 
 // HealthCheck asks Envoy to probe the endpoints itself.

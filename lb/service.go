@@ -2,6 +2,7 @@ package lb
 
 import (
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 
@@ -19,14 +20,14 @@ type Addresses struct {
 
 // buildService joins a spec, its addresses and its instances. It returns prev
 // where nothing that it depends on has changed.
-func buildService(prev *Service, c *Config, spec *ServiceSpec, addr Addresses, group *discovery.Group, versions []string) *Service {
-	if prev != nil && prev.Spec == spec && prev.Group == group && prev.addresses() == addr && slices.Equal(prev.Versions, versions) {
+func buildService(prev *Service, c *Config, spec *ServiceSpec, addr Addresses, group *discovery.Group, versions []string, drains map[string]Drain) *Service {
+	if prev != nil && prev.Spec == spec && prev.Group == group && prev.addresses() == addr && slices.Equal(prev.Versions, versions) && maps.Equal(prev.Drains, drains) {
 		return prev
 	}
 	s := &Service{
 		Spec: spec, Key: spec.Key, Domain: spec.Key.Service + "." + spec.Key.Tenant + "." + c.Domain,
 		Address: addr.Internal, Address6: addr.Internal6, Dedicated: addr.Dedicated,
-		Generation: addr.Generation, Probed: addr.Probed, Group: group, Versions: versions,
+		Generation: addr.Generation, Probed: addr.Probed, Group: group, Versions: versions, Drains: drains,
 	}
 	for _, p := range spec.Ports {
 		s.Ports = append(s.Ports, Port{PortSpec: p, Cluster: ClusterName(spec.Key, p.Name, "")})
@@ -53,7 +54,13 @@ func (s *Service) addresses() Addresses {
 }
 
 func (s *Service) addEndpoint(c *Config, i *discovery.Instance) {
-	e := &Endpoint{Instance: i, At: make([]netip.AddrPort, len(s.Ports)), Serving: i.Health.Serving()}
+	e := &Endpoint{Instance: i, At: make([]netip.AddrPort, len(s.Ports)), Serving: i.Health.Serving(), Drain: s.Drains[i.QualifiedName()]}
+	if i.Health == discovery.Maintenance {
+		e.Drain = max(e.Drain, Draining)
+	}
+	if e.Drain != NotDraining {
+		e.Serving = false
+	}
 	served := false
 	for n, p := range s.Ports {
 		number, ok := instancePort(i, p.Name, n == 0)
@@ -63,12 +70,12 @@ func (s *Service) addEndpoint(c *Config, i *discovery.Instance) {
 		}
 	}
 	if !served {
-		e.Serving = false
+		e.Serving, e.unreachable = false, true
 		s.problem(i, "instance_port_missing", discovery.SeverityError, "serves none of the service's ports "+portNames(s.Ports),
 			"give the instance an address with a port, or ports by the service's port names")
 	}
 	if i.Address.IsLoopback() && i.Node != c.Node {
-		e.Serving = false
+		e.Serving, e.unreachable = false, true
 		s.problem(i, "instance_unreachable", discovery.SeverityError,
 			fmt.Sprintf("its address %s is a loopback address of node %q and reaches nothing from node %q", i.Address, i.Node, c.Node),
 			"register the instance with an address that the other hosts reach")

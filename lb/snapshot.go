@@ -42,7 +42,8 @@ type Service struct {
 	Ports      []Port
 	Versions   []string // that routes name, each with a cluster of its own
 	Group      *discovery.Group
-	Endpoints  []*Endpoint // by instance id and node
+	Endpoints  []*Endpoint      // by instance id and node
+	Drains     map[string]Drain // wishes, by the instances' qualified names; shared, not to be changed
 	Problems   []Problem
 }
 
@@ -60,7 +61,26 @@ type Endpoint struct {
 	At []netip.AddrPort
 	// Serving says that it takes new traffic.
 	Serving bool
+	// Drain says how far it has been taken out of service on purpose.
+	Drain Drain
+
+	unreachable bool
 }
+
+// Offered says that proxies have the endpoint: it takes new traffic, or it
+// finishes what it has.
+func (e *Endpoint) Offered() bool { return e.Serving || e.Drain == Draining && !e.unreachable }
+
+// Drain is how far an instance is on its way out.
+type Drain uint8
+
+// An instance that drains takes no new traffic and finishes what it has; then
+// what it still has is closed; then proxies do not have it any more.
+const (
+	NotDraining Drain = iota
+	Draining
+	Drained
+)
 
 // Total and Healthy count instances; healthy ones take traffic.
 func (s *Service) Total() int { return len(s.Endpoints) }

@@ -1,6 +1,8 @@
 package xds
 
 import (
+	"strconv"
+
 	"google.golang.org/grpc/encoding"
 	"google.golang.org/grpc/encoding/proto"
 	"google.golang.org/grpc/mem"
@@ -40,7 +42,7 @@ func (c codec) Marshal(v any) (mem.BufferSlice, error) {
 		return protowire.AppendString(protowire.AppendTag(b, n, protowire.BytesType), s)
 	}
 	out := make(mem.BufferSlice, 0, 2*len(r.resources)+1)
-	b := field(nil, fieldSystemVersion, r.system)
+	b := field(nil, fieldSystemVersion, strconv.FormatUint(r.world, 10))
 	b = field(b, fieldTypeURL, r.URL())
 	b = field(b, fieldNonce, r.nonce)
 	for _, name := range r.removed {

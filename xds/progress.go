@@ -85,6 +85,13 @@ func (t *tracker) trim() {
 	t.versions, t.pushed, t.acked = t.versions[n:], t.pushed[n:], t.acked[n:]
 }
 
+// settledUpTo is the version that p has settled everything up to.
+func (t *tracker) settledUpTo(p *position) uint64 {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return p.acked
+}
+
 func (t *tracker) progress() Progress {
 	t.mu.Lock()
 	defer t.mu.Unlock()

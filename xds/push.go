@@ -3,7 +3,6 @@ package xds
 import (
 	"maps"
 	"slices"
-	"strconv"
 	"strings"
 
 	"github.com/roostmesh/roost/xds/envoy"
@@ -391,7 +390,7 @@ func (b *batch) owe(since uint64) {
 // to follow, changed or not: Envoy starts a changed parent without them.
 func (s *state) send(t envoy.Type, b *batch) *response {
 	ts := &s.types[t]
-	r := &response{Type: t, nonce: s.nonce(), system: strconv.FormatUint(s.version, 10), resources: b.resources, removed: b.removed, since: b.since}
+	r := &response{Type: t, nonce: s.nonce(), world: s.version, resources: b.resources, removed: b.removed, since: b.since}
 	ts.out = append(ts.out, r)
 	for _, res := range r.resources {
 		ts.flight[res.Name.Name] = flying{r.nonce, res}

@@ -10,6 +10,9 @@
 //	s.Proxies()                    // every connected proxy and those of the last hour, by id
 //	s.Holding(id, envoy.Listener)  // intended against sent, ACKed and refused, with bodies
 //	s.Problems()                   // what proxies refuse, and ids that two proxies share
+//	s.Holders(envoy.Listener, ...) // who still has a resource, or may have it
+//	s.Behind(version)              // who has not settled a World yet
+//	s.WatchLoad(cluster)           // asks proxies what is in flight; s.InFlight(...) tells
 //
 // Streams wait until the first Publish. The order of resources, and what waits
 // for what, is in state, which is pure: state.go (subscriptions), push.go (what
@@ -72,7 +75,11 @@ type Config struct {
 	Now        func() time.Time      // nil: time.Now
 	RetryEvery time.Duration         // 0: 15 s
 
-	// The hooks run on one goroutine of Run, one at a time.
+	// OnAck tells that a proxy has taken endpoints of clusters, as the World of a
+	// version has them. It runs on the stream's goroutine and must not wait.
+	OnAck func(id string, version uint64, clusters []string)
+
+	// The hooks below run on one goroutine of Run, one at a time.
 
 	OnConnect    func(ProxyStatus)
 	OnDisconnect func(ProxyStatus)
@@ -106,6 +113,7 @@ type Server struct {
 	wake    chan struct{} // one slot: hooks or progress for Run
 
 	tracker tracker // has its own lock, taken after mu
+	loads   *loads  // has its own lock
 
 	mu         sync.Mutex
 	world      envoy.World             // guarded by mu
@@ -133,7 +141,7 @@ func New(cfg Config) *Server {
 		cfg.RetryEvery = retryEvery
 	}
 	return &Server{
-		cfg: cfg, metrics: newMetrics(cfg.Registry), ready: make(chan struct{}), wake: make(chan struct{}, 1),
+		cfg: cfg, metrics: newMetrics(cfg.Registry), ready: make(chan struct{}), wake: make(chan struct{}, 1), loads: newLoads(),
 		live: map[string]*stream{}, gone: map[string]*stream{}, duplicates: map[string]duplicate{},
 	}
 }

@@ -44,6 +44,9 @@ func (s *state) settle(t envoy.Type, q *discovery.DeltaDiscoveryRequest, now tim
 	}
 	for _, res := range r.resources {
 		s.accept(res)
+		if t == envoy.Endpoint {
+			s.taken.version, s.taken.clusters = r.world, append(s.taken.clusters, res.Name.Name)
+		}
 	}
 	for _, name := range r.removed {
 		delete(ts.held, name)

@@ -29,6 +29,14 @@ type state struct {
 	// unpruned says that a removal may have become possible since the last
 	// fruitless search, which costs a walk over everything held.
 	unpruned bool
+	taken    taken // by the last request
+}
+
+// taken are the clusters whose endpoints a request ACKed, as the World of a
+// version has them.
+type taken struct {
+	version  uint64
+	clusters []string
 }
 
 // typeState is the part of a state that concerns one type. Numbers named since
@@ -82,7 +90,7 @@ type refusal struct {
 type response struct {
 	envoy.Type
 	nonce     string
-	system    string // system_version_info: the World version
+	world     uint64 // its version
 	resources []*envoy.Resource
 	removed   []string
 	since     uint64

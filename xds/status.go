@@ -102,6 +102,77 @@ func (s *Server) Holding(id string, t envoy.Type) (held []Held, ok bool) {
 	return held, true
 }
 
+// Holder is a proxy that has a resource, or may have it.
+type Holder struct {
+	ID        string
+	Name      string // of the resource; "" for one that has just come and not said yet what it has
+	Connected bool
+	Since     time.Time // connected, or gone, since
+}
+
+// Holders lists who has a resource of a type whose name is wanted, as far as
+// the proxy ACKed it or has it on its way: connected proxies, and those gone for
+// less than an hour.
+func (s *Server) Holders(t envoy.Type, wanted func(name string) bool) []Holder {
+	var all []Holder
+	for _, st := range s.streams() {
+		if !st.ask(func(p *state) { all = append(all, st.holders(p, t, wanted, true)...) }) {
+			all = append(all, st.holders(st.state, t, wanted, false)...)
+		}
+	}
+	s.mu.Lock()
+	gone := slices.Collect(maps.Values(s.gone))
+	s.mu.Unlock()
+	for _, st := range gone {
+		<-st.ended
+		all = append(all, st.holders(st.state, t, wanted, false)...)
+	}
+	slices.SortFunc(all, func(a, b Holder) int { return cmp.Or(cmp.Compare(a.ID, b.ID), cmp.Compare(a.Name, b.Name)) })
+	return slices.CompactFunc(all, func(a, b Holder) bool { return a.ID == b.ID && a.Name == b.Name })
+}
+
+// holders runs where the state may be read.
+func (st *stream) holders(p *state, t envoy.Type, wanted func(name string) bool, connected bool) (all []Holder) {
+	h := Holder{ID: st.id, Connected: connected, Since: st.since}
+	if !connected {
+		h.Since = st.final.Since
+	}
+	ts := &p.types[t]
+	known := ts.held
+	if !ts.started {
+		known = ts.earlier
+		if connected && len(known) == 0 && time.Since(st.since) < firstRequest {
+			return []Holder{h}
+		}
+	}
+	for name := range known {
+		if wanted(name) {
+			all = append(all, Holder{h.ID, name, h.Connected, h.Since})
+		}
+	}
+	for name, f := range ts.flight {
+		if _, held := known[name]; !held && f.res != nil && wanted(name) {
+			all = append(all, Holder{h.ID, name, h.Connected, h.Since})
+		}
+	}
+	return all
+}
+
+// Behind lists the connected proxies that have not settled everything up to a
+// World version, by id.
+func (s *Server) Behind(version uint64) []string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var ids []string
+	for id, st := range s.live {
+		if s.tracker.settledUpTo(st.position) < version {
+			ids = append(ids, id)
+		}
+	}
+	slices.Sort(ids)
+	return ids
+}
+
 func (s *Server) stream(id string) *stream {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -10,6 +10,7 @@ import (
 
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	discovery "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
+	loadv3 "github.com/envoyproxy/go-control-plane/envoy/service/load_stats/v3"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/keepalive"
@@ -23,7 +24,7 @@ import (
 const (
 	maxRequest   = 32 << 20 // a reconnect names every version that the proxy has
 	maxHeaders   = 16 << 10
-	maxStreams   = 100 // per connection; an Envoy needs one
+	maxStreams   = 100 // per connection; an Envoy needs two
 	firstRequest = 15 * time.Second
 	handshake    = 10 * time.Second
 	pingAfter    = 30 * time.Second
@@ -57,6 +58,7 @@ func (s *Server) Serve(ctx context.Context, l Listener) error {
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: pingAtMost, PermitWithoutStream: true}),
 	)
 	discovery.RegisterAggregatedDiscoveryServiceServer(g, v)
+	loadv3.RegisterLoadReportingServiceServer(g, v)
 	stopped := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
 		defer close(stopped)
@@ -328,6 +330,12 @@ func (v *service) handle(st *stream, q *discovery.DeltaDiscoveryRequest) {
 		v.metrics.nacks[t].Inc()
 	}
 	rejected := st.state.request(t, q, v.cfg.Now())
+	if a := &st.state.taken; len(a.clusters) > 0 {
+		if v.cfg.OnAck != nil {
+			v.cfg.OnAck(st.id, a.version, a.clusters)
+		}
+		*a = taken{}
+	}
 	if len(rejected) == 0 {
 		return
 	}

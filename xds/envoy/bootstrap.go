@@ -67,6 +67,7 @@ func Bootstrap(o BootstrapOptions) ([]byte, error) {
 			AdsConfig: ads(), CdsConfig: fromADS(0), LdsConfig: fromADS(0),
 		},
 		StaticResources: &bootstrapv3.Bootstrap_StaticResources{Clusters: []*clusterv3.Cluster{controlPlane(xds)}},
+		ClusterManager:  &bootstrapv3.ClusterManager{LoadStatsConfig: loadReports()},
 		StatsConfig:     statsConfig(),
 		OverloadManager: &overloadv3.OverloadManager{ResourceMonitors: []*overloadv3.ResourceMonitor{{
 			Name:       connectionsMonitor,
@@ -117,11 +118,21 @@ func nodeCluster(id lb.Identity) string {
 func ads() *corev3.ApiConfigSource {
 	return &corev3.ApiConfigSource{
 		ApiType: corev3.ApiConfigSource_DELTA_GRPC, TransportApiVersion: corev3.ApiVersion_V3, SetNodeOnFirstMessageOnly: true,
-		GrpcServices: []*corev3.GrpcService{{TargetSpecifier: &corev3.GrpcService_EnvoyGrpc_{EnvoyGrpc: &corev3.GrpcService_EnvoyGrpc{
-			ClusterName: xdsCluster,
-			RetryPolicy: &corev3.RetryPolicy{RetryBackOff: &corev3.BackoffStrategy{BaseInterval: seconds(reconnectBase), MaxInterval: seconds(reconnectMax)}},
-		}}}},
+		GrpcServices: []*corev3.GrpcService{controlPlaneService()},
 	}
+}
+
+// loadReports lets the control plane ask what is in flight to an endpoint, which
+// a drain waits for.
+func loadReports() *corev3.ApiConfigSource {
+	return &corev3.ApiConfigSource{ApiType: corev3.ApiConfigSource_GRPC, TransportApiVersion: corev3.ApiVersion_V3, GrpcServices: []*corev3.GrpcService{controlPlaneService()}}
+}
+
+func controlPlaneService() *corev3.GrpcService {
+	return &corev3.GrpcService{TargetSpecifier: &corev3.GrpcService_EnvoyGrpc_{EnvoyGrpc: &corev3.GrpcService_EnvoyGrpc{
+		ClusterName: xdsCluster,
+		RetryPolicy: &corev3.RetryPolicy{RetryBackOff: &corev3.BackoffStrategy{BaseInterval: seconds(reconnectBase), MaxInterval: seconds(reconnectMax)}},
+	}}}
 }
 
 func controlPlane(at *corev3.Address) *clusterv3.Cluster {

@@ -146,7 +146,8 @@ func outliers(o *lb.OutlierDetection) *clusterv3.OutlierDetection {
 }
 
 // endpoints are the assignments of a service's clusters; one without an
-// instance that takes traffic is explicitly empty.
+// instance is explicitly empty. One that drains stays until what it has in flight
+// has ended, so that proxies can tell.
 func endpoints(s *lb.Service) []*Resource {
 	var out []*Resource
 	for i := range s.Ports {
@@ -162,13 +163,17 @@ func assignment(s *lb.Service, port int, version, name string) *endpointv3.Clust
 	a := &endpointv3.ClusterLoadAssignment{ClusterName: name}
 	group := &endpointv3.LocalityLbEndpoints{}
 	for _, e := range s.Endpoints {
-		if !e.Serving || !e.At[port].IsValid() || version != "" && e.Instance.Version != version {
+		if !e.Offered() || !e.At[port].IsValid() || version != "" && e.Instance.Version != version {
 			continue
 		}
-		group.LbEndpoints = append(group.LbEndpoints, &endpointv3.LbEndpoint{
+		lbe := &endpointv3.LbEndpoint{
 			HostIdentifier:      &endpointv3.LbEndpoint_Endpoint{Endpoint: &endpointv3.Endpoint{Address: address(e.At[port].Addr().String(), e.At[port].Port())}},
 			LoadBalancingWeight: wrapperspb.UInt32(e.Instance.Weight),
-		})
+		}
+		if !e.Serving {
+			lbe.HealthStatus = corev3.HealthStatus_DRAINING
+		}
+		group.LbEndpoints = append(group.LbEndpoints, lbe)
 	}
 	if len(group.LbEndpoints) > 0 {
 		a.Endpoints = []*endpointv3.LocalityLbEndpoints{group}
