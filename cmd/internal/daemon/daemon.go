@@ -115,7 +115,7 @@ func (d *Daemon) open(ctx context.Context, c *config.Config) (err error) {
 		return err
 	}
 	d.config.Store(c)
-	d.rec = &reconciler{d: d, host: hostAddresses(c.Model)}
+	d.rec = &reconciler{d: d, host: hostAddresses(c.Model), departures: newDepartures(time.Now)}
 	d.rec.setConfig(c)
 	state, err := d.store.Load(ctx)
 	if err != nil {
@@ -152,6 +152,7 @@ func (d *Daemon) listenXDS(ctx context.Context, c *config.Config) error {
 		},
 		OnDisconnect: func(p xds.ProxyStatus) { d.Events.Add(events.Fact(events.ProxyDisconnected, p.ID, "")) },
 		OnReject:     d.onReject,
+		OnAck:        d.Events.Acked,
 	})
 	l, err := listen(ctx, c.XDS.Address)
 	if err != nil {

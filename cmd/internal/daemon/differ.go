@@ -11,9 +11,52 @@ import (
 	"github.com/roostmesh/roost/lb"
 )
 
+// departures remembers instances that have left, so that one that comes back
+// under its id elsewhere is told as a migration. It is owned by the reconciler.
+type departures struct {
+	left map[departed]departure
+	now  func() time.Time
+}
+
+type departed struct {
+	key lb.Key
+	id  string
+}
+
+type departure struct {
+	place string
+	at    time.Time
+}
+
+const (
+	// departedFor is how long an instance's last place is known.
+	departedFor = time.Hour
+	// departedMost bounds how many are; beyond it the old ones are forgotten.
+	departedMost = 20_000
+)
+
+func newDepartures(now func() time.Time) *departures {
+	return &departures{left: map[departed]departure{}, now: now}
+}
+
+func (d *departures) leave(i *discovery.Instance) {
+	if len(d.left) >= departedMost {
+		clear(d.left)
+	}
+	d.left[departed{i.Key, i.ID}] = departure{place(i), d.now()}
+}
+
+// back returns where an instance was before it left, once.
+func (d *departures) back(i *discovery.Instance) (was departure, ok bool) {
+	id := departed{i.Key, i.ID}
+	was, ok = d.left[id]
+	delete(d.left, id)
+	return was, ok && d.now().Sub(was.at) < departedFor && was.place != place(i)
+}
+
 // differences lists what has changed from one Snapshot to the next, as events
 // whose receipts are due when every proxy has the new one.
-func differences(prev, next *lb.Snapshot) []events.Event {
+func (d *departures) differences(prev, next *lb.Snapshot) []events.Event {
 	var out []events.Event
 	if prev == nil || !prev.Catalog.Ready {
 		return nil // what was there before the start is no change
@@ -24,12 +67,12 @@ func differences(prev, next *lb.Snapshot) []events.Event {
 		case s:
 		case nil:
 			out = append(out, events.Change(events.ServiceCreated, s.Key.Tenant, s.Key.Service, "", s.Domain+" is "+s.Address.String(), time.Time{}, 0))
-			out = append(out, moved(&lb.Service{}, s, next.Version)...)
+			out = append(out, d.moved(&lb.Service{}, s, next.Version)...)
 		default:
 			if before.Spec != s.Spec && !slices.Equal(before.Spec.Ports, s.Spec.Ports) {
 				out = append(out, events.Change(events.ServiceChanged, s.Key.Tenant, s.Key.Service, "", "its ports are now "+portsText(s.Spec.Ports), time.Time{}, 0))
 			}
-			out = append(out, moved(before, s, next.Version)...)
+			out = append(out, d.moved(before, s, next.Version)...)
 		}
 	}
 	for _, s := range prev.Order {
@@ -41,58 +84,84 @@ func differences(prev, next *lb.Snapshot) []events.Event {
 }
 
 // moved tells what happened to a service's instances. One that is there under
-// the same id with another address or node has migrated.
-func moved(before, after *lb.Service, version uint64) []events.Event {
-	var out []events.Event
-	gone := map[string]*discovery.Instance{}
+// the same id with another address or node has migrated, also when it was away
+// in between.
+func (d *departures) moved(before, after *lb.Service, version uint64) []events.Event {
+	m := movement{after: after, version: version, seen: d.now()}
+	if after.Group != nil && !after.Group.Seen.IsZero() {
+		m.seen = after.Group.Seen
+	}
+	gone := map[string]*lb.Endpoint{}
 	for _, e := range before.Endpoints {
-		gone[e.Instance.QualifiedName()] = e.Instance
+		gone[e.Instance.QualifiedName()] = e
 	}
-	var fresh []*discovery.Instance
-	add := func(kind string, i *discovery.Instance, message string) {
-		seen := time.Now()
-		if after.Group != nil && !after.Group.Seen.IsZero() {
-			seen = after.Group.Seen
-		}
-		out = append(out, events.Change(kind, i.Key.Tenant, i.Key.Service, i.Name(), message, seen, version))
-	}
+	var fresh []*lb.Endpoint
 	for _, e := range after.Endpoints {
-		i := e.Instance
-		was := gone[i.QualifiedName()]
-		if was == nil {
-			fresh = append(fresh, i)
+		name := e.Instance.QualifiedName()
+		if was := gone[name]; was != nil {
+			delete(gone, name)
+			m.changed(was, e)
 			continue
 		}
-		delete(gone, i.QualifiedName())
-		switch {
-		case place(was) != place(i):
-			add(events.InstanceMigrated, i, place(was)+" -> "+place(i))
-		case was.Health != i.Health && i.Health == discovery.Maintenance:
-			add(events.InstanceDraining, i, "in maintenance")
-		case was.Health.Serving() && !i.Health.Serving():
-			add(events.InstanceRemoved, i, "takes no traffic: "+string(i.Health))
-		case !was.Health.Serving() && i.Health.Serving():
-			add(events.InstanceAdded, i, "takes traffic again: "+string(i.Health))
-		}
+		fresh = append(fresh, e)
 	}
-	for _, i := range fresh {
-		if was := sameID(gone, i.ID); was != nil {
-			delete(gone, was.QualifiedName())
-			add(events.InstanceMigrated, i, place(was)+" -> "+place(i))
-			continue
+	for _, e := range fresh {
+		was, ok := d.back(e.Instance)
+		if other := sameID(gone, e.Instance.ID); other != nil {
+			delete(gone, other.Instance.QualifiedName())
+			m.add(events.InstanceMigrated, e.Instance, place(other.Instance)+" -> "+place(e.Instance))
+		} else if ok {
+			m.add(events.InstanceMigrated, e.Instance, fmt.Sprintf("%s -> %s, after %s", was.place, place(e.Instance), d.now().Sub(was.at).Round(time.Millisecond)))
+		} else {
+			m.add(events.InstanceAdded, e.Instance, place(e.Instance))
 		}
-		add(events.InstanceAdded, i, place(i))
 	}
 	for _, name := range slices.Sorted(maps.Keys(gone)) {
-		add(events.InstanceRemoved, gone[name], place(gone[name]))
+		d.leave(gone[name].Instance)
+		m.add(events.InstanceRemoved, gone[name].Instance, place(gone[name].Instance))
 	}
-	return out
+	return m.events
 }
 
-func sameID(gone map[string]*discovery.Instance, id string) *discovery.Instance {
-	for _, i := range gone {
-		if i.ID == id {
-			return i
+// movement collects the events of one service.
+type movement struct {
+	after   *lb.Service
+	version uint64
+	seen    time.Time
+	events  []events.Event
+}
+
+func (m *movement) add(kind string, i *discovery.Instance, message string) {
+	e := events.Change(kind, i.Key.Tenant, i.Key.Service, i.Name(), message, m.seen, m.version)
+	if g := m.after.Group; g != nil {
+		e = e.From(i.Source, g.Index)
+	}
+	m.events = append(m.events, e)
+}
+
+// changed tells what happened to an instance that was there before.
+func (m *movement) changed(was, now *lb.Endpoint) {
+	i := now.Instance
+	switch {
+	case place(was.Instance) != place(i):
+		m.add(events.InstanceMigrated, i, place(was.Instance)+" -> "+place(i))
+	case was.Drain != now.Drain && now.Drain == lb.Draining && i.Health == discovery.Maintenance:
+		m.add(events.InstanceDraining, i, "in maintenance")
+	case was.Drain != now.Drain && now.Drain == lb.Draining:
+		m.add(events.InstanceDraining, i, "takes no new traffic and finishes what it has")
+	case was.Drain != now.Drain && now.Drain == lb.Drained:
+		m.add(events.InstanceRemoved, i, "drained")
+	case was.Serving && !now.Serving:
+		m.add(events.InstanceRemoved, i, "takes no traffic: "+string(i.Health))
+	case !was.Serving && now.Serving:
+		m.add(events.InstanceAdded, i, "takes traffic again: "+string(i.Health))
+	}
+}
+
+func sameID(gone map[string]*lb.Endpoint, id string) *lb.Endpoint {
+	for _, name := range slices.Sorted(maps.Keys(gone)) {
+		if gone[name].Instance.ID == id {
+			return gone[name]
 		}
 	}
 	return nil

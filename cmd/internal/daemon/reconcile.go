@@ -45,9 +45,10 @@ type reconciler struct {
 	addressed map[lb.Key]lb.Addresses
 	groups    map[lb.Key]*discovery.Group // that record has looked at
 	// problems are those of the reconciler itself: a full pool, a refused change.
-	problems []lb.Problem
-	served   bool // the first World has been published
-	warned   bool // a ledger that cannot be written has been logged
+	problems   []lb.Problem
+	departures *departures
+	served     bool // the first World has been published
+	warned     bool // a ledger that cannot be written has been logged
 }
 
 // run reconciles whenever something has changed, until ctx ends.
@@ -134,13 +135,14 @@ func (r *reconciler) build(ctx context.Context) {
 	snapshot := lb.Build(prev, lb.Input{Config: r.config.Model, Catalog: catalog, Services: r.specs, Addresses: r.addressed, HostAddresses: r.host})
 	snapshot.AddProblems(r.problems)
 	r.d.snapshot.Store(snapshot)
+	// An event is there before the first ACK of it can come.
+	r.d.Events.Add(append(changes, r.departures.differences(prev, snapshot)...)...)
 	if catalog.Ready || r.served {
 		world := envoy.Translate(r.world, snapshot, r.d.files.Pairs())
 		r.d.XDS.Publish(world, world.Since(r.world))
 		r.world, r.served = world, true
 		r.d.world.Store(world)
 	}
-	r.d.Events.Add(append(changes, differences(prev, snapshot)...)...)
 	r.d.observeProgress()
 }
 

@@ -7,7 +7,9 @@ package events
 
 import (
 	"slices"
+	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -52,8 +54,26 @@ type Event struct {
 	Proxy    *string   `json:"proxy"`
 	Message  string    `json:"message"`
 	Steps    *Steps    `json:"steps"`
+	// Source and Index say which answer of which source the change was in.
+	Source *string `json:"source"`
+	Index  *uint64 `json:"index"`
+	// AckedBy are the proxies that have confirmed it, in the order in which they
+	// did, at most ackers of them; Acks counts them all.
+	AckedBy []string `json:"acked_by"`
+	Acks    int      `json:"acks"`
 
 	version uint64 // of the Snapshot that the change is in; 0 needs no receipt
+	cluster string // SERVICE.TENANT, as the names of its clusters begin
+	late    bool   // its receipt was sent without the missing steps
+}
+
+// From names the answer of a source that the change was in; index 0 is none.
+func (e Event) From(source string, index uint64) Event {
+	e.Source = optional(source)
+	if index > 0 {
+		e.Index = &index
+	}
+	return e
 }
 
 // Message is what a subscriber gets: an event, once more its receipt, or a gap.
@@ -65,6 +85,8 @@ type Message struct {
 
 const (
 	keep = 10_000
+	// ackers bounds the proxies that one event names.
+	ackers = 50
 	// subscriberQueue bounds what one subscriber may lag behind.
 	subscriberQueue = 4096
 	// seqPerMillisecond lets sequence numbers grow over restarts: they start
@@ -77,10 +99,11 @@ type Log struct {
 	now func() time.Time
 
 	mu      sync.Mutex
-	events  []Event // oldest first; guarded by mu
-	next    uint64  // guarded by mu
-	pending []uint64
+	events  []Event                    // oldest first; guarded by mu
+	next    uint64                     // guarded by mu
+	pending []uint64                   // owed a receipt, oldest first; guarded by mu
 	subs    map[*Subscription]struct{} // guarded by mu
+	owed    atomic.Bool                // something is pending
 	latency func(time.Duration)        // fixed
 }
 
@@ -99,7 +122,7 @@ func New(now func() time.Time, latency func(time.Duration)) *Log {
 // Change makes an Event whose receipt is due when every proxy has the Snapshot
 // version.
 func Change(kind, tenant, service, instance, message string, seen time.Time, version uint64) Event {
-	e := Event{Kind: kind, Tenant: optional(tenant), Service: optional(service), Instance: optional(instance), Message: message, version: version}
+	e := Event{Kind: kind, Tenant: optional(tenant), Service: optional(service), Instance: optional(instance), Message: message, AckedBy: []string{}, version: version, cluster: service + "." + tenant}
 	if !seen.IsZero() {
 		e.Steps = &Steps{Seen: seen.UTC().Truncate(time.Microsecond)}
 	}
@@ -108,7 +131,7 @@ func Change(kind, tenant, service, instance, message string, seen time.Time, ver
 
 // Fact makes an Event without steps.
 func Fact(kind, proxy, message string) Event {
-	return Event{Kind: kind, Proxy: optional(proxy), Message: message}
+	return Event{Kind: kind, Proxy: optional(proxy), Message: message, AckedBy: []string{}}
 }
 
 func optional(s string) *string {
@@ -130,6 +153,7 @@ func (l *Log) Add(list ...Event) {
 			e.Steps.Built = elapsed(e.Steps.Seen, now)
 			if e.version > 0 {
 				l.pending = append(l.pending, e.Seq)
+				l.owed.Store(true)
 			}
 		}
 		l.events = append(l.events, e)
@@ -179,31 +203,55 @@ func (l *Log) Progress(pushed, acked uint64) {
 		}
 		e.Steps = &steps
 		l.events[i] = e
-		if done {
+		if !done {
+			rest = append(rest, seq)
+		} else if !e.late {
 			l.send(Message{Event: e, Receipt: true})
-			continue
 		}
-		rest = append(rest, seq)
 	}
 	l.pending = rest
+	l.owed.Store(len(rest) > 0)
+}
+
+// Acked notes that a proxy has confirmed the endpoints of clusters as the
+// Snapshot of a version has them. It may be called from any goroutine.
+func (l *Log) Acked(proxy string, version uint64, clusters []string) {
+	if !l.owed.Load() {
+		return
+	}
+	services := make(map[string]bool, len(clusters))
+	for _, c := range clusters {
+		name, _, _ := strings.Cut(c, ":")
+		services[name] = true
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, seq := range l.pending {
+		i, ok := l.find(seq)
+		if !ok || l.events[i].version > version || !services[l.events[i].cluster] || slices.Contains(l.events[i].AckedBy, proxy) {
+			continue
+		}
+		e := &l.events[i]
+		e.Acks++
+		if len(e.AckedBy) < ackers {
+			e.AckedBy = append(slices.Clip(e.AckedBy), proxy) // lists that were handed out stay as they are
+		}
+	}
 }
 
 // Expire sends the receipts of changes older than age that some proxy still
-// owes, without the missing steps; those are filled in later where they come.
+// owes, without the missing steps; the list has those once they come.
 func (l *Log) Expire(age time.Duration) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	limit := l.now().Add(-age)
-	rest := l.pending[:0]
 	for _, seq := range l.pending {
 		i, ok := l.find(seq)
-		if ok && l.events[i].Time.Before(limit) {
+		if ok && !l.events[i].late && l.events[i].Time.Before(limit) {
+			l.events[i].late = true
 			l.send(Message{Event: l.events[i], Receipt: true})
-			continue
 		}
-		rest = append(rest, seq)
 	}
-	l.pending = rest
 }
 
 func (l *Log) find(seq uint64) (int, bool) {

@@ -1,6 +1,7 @@
 package events
 
 import (
+	"fmt"
 	"testing"
 	"time"
 )
@@ -116,5 +117,51 @@ func TestSeqGrowsOverRestarts(t *testing.T) {
 	later.Add(Fact(SourceStale, "", ""))
 	if a, b := l.List(0, 1, nil)[0].Seq, later.List(0, 1, nil)[0].Seq; b <= a {
 		t.Errorf("%d after a restart, was %d", b, a)
+	}
+}
+
+// TestAcked: a receipt names the proxies that confirmed the change itself, not
+// those that had something else, or an older Snapshot of it.
+func TestAcked(t *testing.T) {
+	l, c, _ := newLog()
+	l.Acked("node~early", 9, []string{"shop.acme:http"}) // nothing is owed
+	l.Add(Change(InstanceAdded, "acme", "shop", "a", "", c.now, 7).From("consul", 812))
+	l.Acked("node~h1", 7, []string{"api.acme:http"})
+	l.Acked("node~h2", 6, []string{"shop.acme:http"})
+	before := l.List(0, 1, nil)[0]
+	l.Acked("node~h3", 8, []string{"api.acme:http", "shop.acme:http@v1"})
+	l.Acked("node~h3", 9, []string{"shop.acme:http"})
+	for i := range ackers {
+		l.Acked(fmt.Sprint("node~n", i), 7, []string{"shop.acme:grpc"})
+	}
+	l.Progress(9, 9)
+	l.Acked("node~late", 9, []string{"shop.acme:http"})
+	e := l.List(0, 1, nil)[0]
+	if *e.Source != "consul" || *e.Index != 812 || e.Acks != ackers+1 || len(e.AckedBy) != ackers || e.AckedBy[0] != "node~h3" || e.AckedBy[1] != "node~n0" {
+		t.Errorf("source %v %v, %d acks: %v", *e.Source, *e.Index, e.Acks, e.AckedBy)
+	}
+	if before.Acks != 0 || len(before.AckedBy) != 0 {
+		t.Errorf("a list that was handed out has changed: %+v", before)
+	}
+}
+
+// TestLateReceipt: what comes after the receipt was sent is in the list, and no
+// second receipt is sent.
+func TestLateReceipt(t *testing.T) {
+	l, c, _ := newLog()
+	_, sub := l.Subscribe(0)
+	defer sub.Close()
+	l.Add(Change(InstanceAdded, "acme", "shop", "a", "", c.now, 7))
+	<-sub.C()
+	c.now = c.now.Add(11 * time.Second)
+	l.Expire(10 * time.Second)
+	if m := <-sub.C(); !m.Receipt || m.Event.Steps.Acked != nil {
+		t.Errorf("message %+v", m)
+	}
+	l.Expire(10 * time.Second)
+	c.now = c.now.Add(time.Second)
+	l.Progress(7, 7)
+	if e := l.List(0, 1, nil)[0]; e.Steps.Acked == nil || *e.Steps.Acked != 12 || len(sub.C()) != 0 {
+		t.Errorf("event %+v, %d more messages", e.Steps, len(sub.C()))
 	}
 }
