@@ -4,14 +4,17 @@
 //
 // A Ledger is owned by one goroutine, the reconciler; Records returns an
 // immutable list for everybody else. The package starts no goroutine. Where the
-// records are kept is a Store: [OpenBolt] is one in a local file.
+// records are kept is a Store: [OpenBolt] is one in a local file, package
+// consulstore has one that several replicas share.
 package ledger
 
 import (
 	"cmp"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -56,18 +59,43 @@ type Record struct {
 // Object is a service that exists although no file declares it: seen in Consul
 // or made through the API. Spec is opaque here.
 type Object struct {
-	Owner  Owner  `json:"owner"`
-	Origin string `json:"origin"` // consul:NODE/ID or api
-	Spec   []byte `json:"spec"`
+	Owner      Owner  `json:"owner"`
+	Origin     string `json:"origin"` // consul:NODE/ID or api
+	Spec       []byte `json:"spec"`
+	Generation uint64 `json:"generation,omitempty"` // of the ledger when the object last changed; its ETag
 }
+
+// Kinds of Mark.
+const (
+	MarkDrain   = "drain"   // Name is the qualified name of an instance
+	MarkRelease = "release" // Name is a source whose held instances are to go
+)
+
+// Mark is a wish that outlives a restart and that every replica acts on.
+type Mark struct {
+	Kind       string          `json:"kind"`
+	Name       string          `json:"name"`
+	Since      time.Time       `json:"since"`
+	Generation uint64          `json:"generation"` // of the ledger when the mark last changed
+	Data       json.RawMessage `json:"data,omitempty"`
+}
+
+// MarkKey names a Mark: there is one of a kind and a name.
+type MarkKey struct{ Kind, Name string }
+
+// Key is what the mark is kept under.
+func (m Mark) Key() MarkKey { return MarkKey{m.Kind, m.Name} }
 
 // Batch is one change of the store: all of it is written, or nothing.
 type Batch struct {
-	Generation uint64
+	After      uint64 // the generation that the store must be at
+	Generation uint64 // the one it is at afterwards; more than After
 	Put        []Record
 	Delete     []netip.Addr
 	PutObjects []Object
 	DelObjects []Owner
+	PutMarks   []Mark
+	DelMarks   []MarkKey
 }
 
 // State is all that a Store holds.
@@ -75,15 +103,7 @@ type State struct {
 	Generation uint64 // of the last batch; 0 is a new store
 	Records    []Record
 	Objects    []Object
-}
-
-// Store keeps a ledger. Apply returns after the batch is durable. The
-// generation of a batch is one more than that of the last; a Store refuses any
-// other, so that two writers cannot both succeed.
-type Store interface {
-	Load(ctx context.Context) (State, error)
-	Apply(ctx context.Context, b Batch) error
-	Close() error
+	Marks      []Mark
 }
 
 // ErrPoolFull is wrapped by Bind when a pool has no free address.
@@ -109,15 +129,24 @@ type slot struct {
 	v6    bool
 }
 
+func slotOf(r Record) slot { return slot{r.Owner, r.Kind, r.Address.Is6()} }
+
 // Ledger is the memory of who owns which address.
 type Ledger struct {
-	store      Store
-	now        func() time.Time
-	generation uint64
-	byAddress  map[netip.Addr]*Record
-	bySlot     map[slot]*Record
-	objects    map[Owner]Object
-	published  atomic.Pointer[[]Record]
+	// Fixed at construction.
+	store Store
+	now   func() time.Time
+
+	// Owned by the goroutine that owns the Ledger.
+	byAddress map[netip.Addr]*Record
+	bySlot    map[slot]*Record
+	objects   map[Owner]Object
+	marks     map[MarkKey]Mark
+	foreign   uint64
+
+	// For everybody.
+	generation atomic.Uint64
+	published  atomic.Pointer[view]
 }
 
 // Open loads a ledger from its store. now is the clock; nil is time.Now.
@@ -129,42 +158,67 @@ func Open(ctx context.Context, store Store, now func() time.Time) (*Ledger, erro
 	if now == nil {
 		now = time.Now
 	}
-	l := &Ledger{store: store, now: now, generation: state.Generation, byAddress: map[netip.Addr]*Record{}, bySlot: map[slot]*Record{}, objects: map[Owner]Object{}}
-	for n := range state.Records {
-		r := &state.Records[n]
-		if other := l.byAddress[r.Address]; other != nil {
-			return nil, fmt.Errorf("address %s has two owners, %s and %s: restore the store from a backup", r.Address, other.Owner, r.Owner)
-		}
-		if other := l.bySlot[slotOf(*r)]; other != nil {
-			return nil, fmt.Errorf("%s has two %s addresses, %s and %s: restore the store from a backup", r.Owner, r.Kind, other.Address, r.Address)
-		}
-		l.keep(*r)
+	l := &Ledger{store: store, now: now}
+	if err := l.take(state); err != nil {
+		return nil, fmt.Errorf("%w: restore the store from a backup", err)
 	}
-	for _, o := range state.Objects {
-		l.objects[o.Owner] = o
-	}
-	l.publish()
 	return l, nil
 }
 
-func slotOf(r Record) slot { return slot{r.Owner, r.Kind, r.Address.Is6()} }
-
-func (l *Ledger) keep(r Record) {
-	l.byAddress[r.Address], l.bySlot[slotOf(r)] = &r, &r
+// take replaces all that is known, or nothing when the state contradicts itself.
+func (l *Ledger) take(state State) error {
+	addresses, slots := make(map[netip.Addr]*Record, len(state.Records)), make(map[slot]*Record, len(state.Records))
+	for n := range state.Records {
+		r := state.Records[n]
+		if other := addresses[r.Address]; other != nil {
+			return fmt.Errorf("address %s has two owners, %s and %s", r.Address, other.Owner, r.Owner)
+		}
+		if other := slots[slotOf(r)]; other != nil {
+			return fmt.Errorf("%s has two %s addresses, %s and %s", r.Owner, r.Kind, other.Address, r.Address)
+		}
+		addresses[r.Address], slots[slotOf(r)] = &r, &r
+	}
+	l.byAddress, l.bySlot = addresses, slots
+	l.objects, l.marks = make(map[Owner]Object, len(state.Objects)), make(map[MarkKey]Mark, len(state.Marks))
+	for _, o := range state.Objects {
+		l.objects[o.Owner] = o
+	}
+	for _, m := range state.Marks {
+		l.marks[m.Key()] = m
+	}
+	l.generation.Store(state.Generation)
+	l.published.Store(newView(slices.Clone(state.Records)))
+	return nil
 }
+
+// Adopt takes over what another replica has written and says whether that is
+// news. It refuses a state that is older than what the ledger has (ErrOlder) and
+// one that contradicts itself; the last good state then stays.
+func (l *Ledger) Adopt(s State) (changed bool, err error) {
+	have := l.generation.Load()
+	switch {
+	case s.Generation < have:
+		return false, fmt.Errorf("generation %d is lower than %d: %w", s.Generation, have, ErrOlder)
+	case s.Generation == have:
+		return false, nil
+	}
+	if err := l.take(s); err != nil {
+		return false, fmt.Errorf("generation %d of the store is not taken over: %w", s.Generation, err)
+	}
+	l.foreign++
+	return true, nil
+}
+
+// Foreign counts how often the changes of another writer were taken over: when
+// it moves, records, objects and marks may have changed.
+func (l *Ledger) Foreign() uint64 { return l.foreign }
+
+// Generation counts the changes. It may be called from any goroutine.
+func (l *Ledger) Generation() uint64 { return l.generation.Load() }
 
 // Records lists every record, ordered by address. It may be called from any
 // goroutine and is not to be changed.
-func (l *Ledger) Records() []Record { return *l.published.Load() }
-
-func (l *Ledger) publish() {
-	list := make([]Record, 0, len(l.byAddress))
-	for _, r := range l.byAddress {
-		list = append(list, *r)
-	}
-	slices.SortFunc(list, func(a, b Record) int { return a.Address.Compare(b.Address) })
-	l.published.Store(&list)
-}
+func (l *Ledger) Records() []Record { return l.published.Load().records() }
 
 // Lookup finds what an owner has of a kind, bound or in quarantine.
 func (l *Ledger) Lookup(o Owner, kind string, v6 bool) (Record, bool) {
@@ -177,14 +231,25 @@ func (l *Ledger) Lookup(o Owner, kind string, v6 bool) (Record, bool) {
 
 // Objects lists the recorded services, ordered by owner.
 func (l *Ledger) Objects() []Object {
-	list := make([]Object, 0, len(l.objects))
-	for _, o := range l.objects {
-		list = append(list, o)
-	}
-	slices.SortFunc(list, func(a, b Object) int {
-		return cmp.Or(strings.Compare(a.Owner.Tenant, b.Owner.Tenant), strings.Compare(a.Owner.Service, b.Owner.Service))
-	})
-	return list
+	return slices.SortedFunc(maps.Values(l.objects), func(a, b Object) int { return a.Owner.compare(b.Owner) })
+}
+
+// Marks lists the marks, ordered by kind and name.
+func (l *Ledger) Marks() []Mark {
+	return slices.SortedFunc(maps.Values(l.marks), func(a, b Mark) int { return a.Key().compare(b.Key()) })
+}
+
+// State is all that the ledger knows: for an export, or to repair a store.
+func (l *Ledger) State() State {
+	return State{Generation: l.Generation(), Records: l.Records(), Objects: l.Objects(), Marks: l.Marks()}
+}
+
+func (o Owner) compare(p Owner) int {
+	return cmp.Or(strings.Compare(o.Tenant, p.Tenant), strings.Compare(o.Service, p.Service))
+}
+
+func (k MarkKey) compare(o MarkKey) int {
+	return cmp.Or(strings.Compare(k.Kind, o.Kind), strings.Compare(k.Name, o.Name))
 }
 
 // Refused is a Wish that could not be granted.
@@ -193,97 +258,81 @@ type Refused struct {
 	Err error // wraps ErrPoolFull
 }
 
-// Bind gives every wish an address. One that has it already, or has it in
-// quarantine, keeps it, also when it lies outside the pool of today. All new
-// records are written down in one batch before Bind returns; after an error
-// nothing has changed. Reasons name what asked: "declared", "seen in Consul".
+// Bind is Tx.Bind in an Update of its own.
 func (l *Ledger) Bind(ctx context.Context, wishes []Wish, reason string) (bound []Record, refused []Refused, err error) {
-	taken := map[netip.Addr]bool{}
-	for _, w := range wishes {
-		r := l.bySlot[slot{w.Owner, w.Pool.Kind, w.Pool.Prefix.Addr().Is6()}]
-		switch {
-		case r != nil && r.State == Bound:
-		case r != nil:
-			back := *r
-			back.State, back.Since, back.Reason = Bound, l.now(), reason
-			bound = append(bound, back)
-		default:
-			at, probed, ok := w.Pool.pick(w.Owner, func(a netip.Addr) bool { return taken[a] || l.byAddress[a] != nil })
-			if !ok {
-				refused = append(refused, Refused{w, fmt.Errorf("pool %s of %s has no free address: %w", w.Pool.Name, w.Pool.Prefix, ErrPoolFull)})
-				continue
-			}
-			taken[at] = true
-			bound = append(bound, Record{Address: at, Kind: w.Pool.Kind, Pool: w.Pool.Name, Owner: w.Owner, State: Bound, Since: l.now(), Reason: reason, Probed: probed})
-		}
+	err = l.Update(ctx, func(tx *Tx) error {
+		bound, refused = tx.Bind(wishes, reason)
+		return nil
+	})
+	if err != nil {
+		return nil, refused, err
 	}
-	return bound, refused, l.put(ctx, bound, Batch{})
+	return l.refresh(bound), refused, nil
 }
 
-// Release puts what an owner has of the kinds, or of both where none is named,
-// into quarantine. Its addresses reach nobody and go to nobody else; Bind gives
-// them back to the owner.
-func (l *Ledger) Release(ctx context.Context, o Owner, reason string, kinds ...string) ([]Record, error) {
-	if len(kinds) == 0 {
-		kinds = []string{Internal, Dedicated}
+// Release is Tx.Release in an Update of its own.
+func (l *Ledger) Release(ctx context.Context, o Owner, reason string, kinds ...string) (gone []Record, err error) {
+	err = l.Update(ctx, func(tx *Tx) error {
+		gone = tx.Release(o, reason, kinds...)
+		return nil
+	})
+	if err != nil {
+		return nil, err
 	}
-	var gone []Record
-	for _, kind := range kinds {
-		for _, v6 := range []bool{false, true} {
-			if r := l.bySlot[slot{o, kind, v6}]; r != nil && r.State == Bound {
-				q := *r
-				q.State, q.Since, q.Reason = Quarantined, l.now(), reason
-				gone = append(gone, q)
-			}
+	return l.refresh(gone), nil
+}
+
+// refresh fills in the generation under which records were written.
+func (l *Ledger) refresh(records []Record) []Record {
+	for n := range records {
+		if r := l.byAddress[records[n].Address]; r != nil {
+			records[n] = *r
 		}
 	}
-	return gone, l.put(ctx, gone, Batch{})
+	return records
 }
 
 // PutObjects writes service objects down.
 func (l *Ledger) PutObjects(ctx context.Context, objects []Object) error {
-	if len(objects) == 0 {
+	return l.Update(ctx, func(tx *Tx) error {
+		for _, o := range objects {
+			tx.PutObject(o)
+		}
 		return nil
-	}
-	if err := l.put(ctx, nil, Batch{PutObjects: objects}); err != nil {
-		return err
-	}
-	for _, o := range objects {
-		l.objects[o.Owner] = o
-	}
-	return nil
+	})
 }
 
 // DeleteObject forgets a service object.
 func (l *Ledger) DeleteObject(ctx context.Context, o Owner) error {
-	if _, ok := l.objects[o]; !ok {
+	return l.Update(ctx, func(tx *Tx) error {
+		tx.DeleteObject(o)
 		return nil
-	}
-	if err := l.put(ctx, nil, Batch{DelObjects: []Owner{o}}); err != nil {
-		return err
-	}
-	delete(l.objects, o)
-	return nil
+	})
 }
 
-func (l *Ledger) put(ctx context.Context, records []Record, b Batch) error {
-	if len(records) == 0 && len(b.PutObjects) == 0 && len(b.DelObjects) == 0 {
+// restoreGap is how far a repaired store is ahead of the replica that repaired
+// it: further than any other replica can have been, so that its generation goes
+// forwards for them, too.
+const restoreGap = 1 << 16
+
+// Restore writes all that the ledger knows into a Shared store that has lost it.
+// When another replica was first, its state is adopted instead: changes that only
+// this one had seen are gone then, and asking again for an address gives the
+// same one in nearly every case.
+func (l *Ledger) Restore(ctx context.Context) error {
+	shared, ok := l.store.(Shared)
+	if !ok {
+		return errors.New("the store is not one that can be restored")
+	}
+	state := l.State()
+	state.Generation += restoreGap
+	err := shared.Restore(ctx, state)
+	if err == nil {
+		l.generation.Store(state.Generation)
 		return nil
 	}
-	b.Generation = l.generation + 1
-	for n := range records {
-		records[n].Generation = b.Generation
-	}
-	b.Put = records
-	if err := l.store.Apply(ctx, b); err != nil {
+	if !errors.Is(err, ErrConflict) {
 		return err
 	}
-	l.generation = b.Generation
-	for _, r := range records {
-		l.keep(r)
-	}
-	if len(records) > 0 {
-		l.publish()
-	}
-	return nil
+	return l.reload(ctx)
 }
