@@ -16,6 +16,7 @@ import (
 	"github.com/roostmesh/roost/cmd/internal/admin"
 	"github.com/roostmesh/roost/cmd/internal/events"
 	"github.com/roostmesh/roost/dns"
+	"github.com/roostmesh/roost/lb/ledger"
 )
 
 // listVerb makes a verb that prints a list of the API.
@@ -65,8 +66,8 @@ func ports(list []admin.Port) string {
 
 func instancesVerb(o *options) *cobra.Command {
 	return listVerb(o, "instances [TENANT[/SERVICE]]", "Instances, and whether they take traffic", "/api/v1/instances",
-		[]any{"INSTANCE", "ADDRESS", "NODE", "VERSION", "WEIGHT", "HEALTH", "STALE", "ORIGIN"}, func(i admin.Instance) []any {
-			return []any{i.Tenant + "/" + i.Service + "/" + i.ID, i.Address, i.Node, i.Version, i.Weight, i.Health, i.Stale, i.Origin}
+		[]any{"INSTANCE", "ADDRESS", "NODE", "VERSION", "WEIGHT", "HEALTH", "DRAINING", "STALE", "ORIGIN"}, func(i admin.Instance) []any {
+			return []any{i.Tenant + "/" + i.Service + "/" + i.ID, i.Address, i.Node, i.Version, i.Weight, i.Health, i.Draining, i.Stale, i.Origin}
 		})
 }
 
@@ -122,12 +123,19 @@ func listenersVerb(o *options) *cobra.Command {
 
 func addressesVerb(o *options) *cobra.Command {
 	return listVerb(o, "addresses [TENANT[/SERVICE]]", "The ledger: who owns which address", "/api/v1/addresses",
-		[]any{"ADDRESS", "KIND", "POOL", "SERVICE", "STATE", "SINCE", "GENERATION", "DERIVED", "REASON"}, func(a admin.Address) []any {
+		[]any{"ADDRESS", "KIND", "POOL", "SERVICE", "STATE", "SINCE", "GENERATION", "DERIVED", "HELD BY", "FREE AFTER", "REASON"}, func(a admin.Address) []any {
 			derived := "hash"
 			if a.Probed {
 				derived = "probed"
 			}
-			return []any{a.Address, a.Kind, a.Pool, a.Tenant + "/" + a.Service, a.State, a.Since, a.Generation, derived, a.Reason}
+			holders, free := a.Holders, "-"
+			if a.State == ledger.Bound {
+				holders = []string{fmt.Sprintf("%d proxies", len(a.Holders))}
+			}
+			if a.FreeAfter != nil {
+				free = show(*a.FreeAfter)
+			}
+			return []any{a.Address, a.Kind, a.Pool, a.Tenant + "/" + a.Service, a.State, a.Since, a.Generation, derived, holders, free, a.Reason}
 		})
 }
 
@@ -340,9 +348,10 @@ func eventsVerb(o *options) *cobra.Command {
 			return err
 		}
 		return o.print(cmd, list, func(t *table) {
-			t.row("SEQ", "TIME", "KIND", "SUBJECT", "ACKED AFTER", "MESSAGE")
+			t.row("SEQ", "TIME", "KIND", "SUBJECT", "SOURCE", "BUILT", "PUSHED", "ACKED", "BY", "MESSAGE")
 			for _, e := range list.Items {
-				t.row(e.Seq, e.Time.Local().Format(time.TimeOnly+".000"), e.Kind, subject(e), took(e), e.Message)
+				built, pushed, acked := took(e)
+				t.row(e.Seq, e.Time.Local().Format(time.TimeOnly+".000"), e.Kind, subject(e), cause(e), built, pushed, acked, e.Acks, e.Message)
 			}
 		})
 	}}
@@ -363,11 +372,34 @@ func subject(e events.Event) string {
 	return "-"
 }
 
-func took(e events.Event) string {
-	if e.Steps == nil || e.Steps.Acked == nil {
-		return "-"
+// took is how long after it was seen a change was built, pushed and ACKed.
+func took(e events.Event) (built, pushed, acked string) {
+	if e.Steps == nil {
+		return "-", "-", "-"
 	}
-	return fmt.Sprintf("%.1f ms", *e.Steps.Acked*1000)
+	step := func(seconds *float64) string {
+		if seconds == nil {
+			return "-"
+		}
+		return fmt.Sprintf("%.1f ms", *seconds*1000)
+	}
+	return step(e.Steps.Built), step(e.Steps.Pushed), step(e.Steps.Acked)
+}
+
+func ackedAfter(e events.Event) string {
+	_, _, acked := took(e)
+	return acked
+}
+
+// cause is the source's answer that a change was in.
+func cause(e events.Event) string {
+	switch {
+	case e.Source == nil:
+		return "-"
+	case e.Index == nil:
+		return *e.Source
+	}
+	return fmt.Sprintf("%s@%d", *e.Source, *e.Index)
 }
 
 // follow prints the stream, one event a line, until it ends.
@@ -399,7 +431,7 @@ func (o *options) follow(ctx context.Context, out io.Writer, query url.Values) e
 		if err := json.Unmarshal([]byte(data), &e); err != nil {
 			return exit(exitFailed, err)
 		}
-		if _, err := fmt.Fprintf(out, "%s %-20s %s %s %s\n", e.Time.Local().Format(time.TimeOnly+".000"), kind, subject(e), took(e), e.Message); err != nil {
+		if _, err := fmt.Fprintf(out, "%s %-20s %s %s %s\n", e.Time.Local().Format(time.TimeOnly+".000"), kind, subject(e), ackedAfter(e), e.Message); err != nil {
 			return err
 		}
 	}

@@ -120,7 +120,7 @@ wait:
 		case <-tick.C:
 		}
 	}
-	xdsAt, dnsAt := d.Addresses()
+	xdsAt, dnsAt := d.Sockets()
 	if _, err := fmt.Fprintf(out, "roost ready admin=%s xds=%s dns=%s\n", tcp.Addr(), xdsAt, dnsAt); err != nil {
 		log.Debug("the ready line could not be written", "error", err)
 	}

@@ -96,9 +96,12 @@ func capture(role lb.Role) *Resource {
 	return encode(Listener, CaptureListener, l)
 }
 
+// DedicatedSuffix ends the name of a listener on a dedicated IP.
+const DedicatedSuffix = "@dedicated"
+
 // dedicatedName is the listener of a service port on its dedicated IP.
 func dedicatedName(s *lb.Service, p *lb.Port) string {
-	return lb.RouteNameOf(s.Key, p.Port) + "@dedicated"
+	return lb.RouteNameOf(s.Key, p.Port) + DedicatedSuffix
 }
 
 // dedicated is a service port's listener on its dedicated IP, on gateways.

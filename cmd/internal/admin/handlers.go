@@ -3,7 +3,6 @@ package admin
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"maps"
 	"net/http"
 	"net/netip"
@@ -15,12 +14,9 @@ import (
 	"github.com/danielgtaylor/huma/v2"
 	mdns "github.com/miekg/dns"
 
-	"github.com/roostmesh/roost/cmd/internal/daemon"
 	"github.com/roostmesh/roost/cmd/internal/events"
-	"github.com/roostmesh/roost/discovery/strict"
 	"github.com/roostmesh/roost/dns"
 	"github.com/roostmesh/roost/lb"
-	"github.com/roostmesh/roost/lb/ledger"
 	"github.com/roostmesh/roost/xds/envoy"
 )
 
@@ -67,9 +63,8 @@ func (a *api) register(h huma.API) {
 	get(h, "/api/v1/overview", "overview", "Roost at a glance", a.overview)
 	get(h, "/api/v1/tenants", "tenants", "Tenants", a.tenants)
 	get(h, "/api/v1/services", "services", "Services", a.services)
-	get(h, "/api/v1/services/{tenant}/{service}", "service", "One service", a.service)
-	huma.Register(h, huma.Operation{Method: http.MethodPut, Path: "/api/v1/services/{tenant}/{service}", OperationID: "put-service", Summary: "Make or change a service", DefaultStatus: http.StatusOK}, a.putService)
-	huma.Register(h, huma.Operation{Method: http.MethodDelete, Path: "/api/v1/services/{tenant}/{service}", OperationID: "delete-service", Summary: "Delete a service", DefaultStatus: http.StatusOK}, a.deleteService)
+	a.registerServices(h)
+	a.registerDrains(h)
 	get(h, "/api/v1/instances", "instances", "Instances", a.instances)
 	get(h, "/api/v1/routes", "routes", "Routes by listener and match order", a.routes)
 	get(h, "/api/v1/listeners", "listeners", "Listeners", a.listeners)
@@ -85,29 +80,9 @@ func (a *api) register(h huma.API) {
 	huma.Register(h, huma.Operation{Method: http.MethodPost, Path: "/api/v1/discovery/release", OperationID: "release", Summary: "Let go of instances that are held although their source lost them"}, a.release)
 }
 
-// Ready is whether every source has answered once.
-type Ready struct {
-	Ready    bool             `json:"ready"`
-	NotReady []daemon.Waiting `json:"not_ready"`
-}
-
-type readyOutput struct {
-	Status int
-	Body   Ready
-}
-
-func (a *api) readyz(context.Context, *struct{}) (*readyOutput, error) {
-	waiting := a.d.NotReady()
-	out := &readyOutput{Status: http.StatusOK, Body: Ready{len(waiting) == 0, waiting}}
-	if !out.Body.Ready {
-		out.Status = http.StatusServiceUnavailable
-	}
-	return out, nil
-}
-
 func (a *api) overview(context.Context, *struct{}) (*body[Overview], error) {
 	s, c := a.d.Snapshot(), a.d.Config()
-	xdsAt, dnsAt := a.d.Addresses()
+	xdsAt, dnsAt := a.d.Sockets()
 	waiting := a.d.NotReady()
 	out := Overview{Version: a.version, Node: c.Model.Node, Domain: c.Model.Domain, Ready: len(waiting) == 0, NotReady: waiting, Tenants: len(s.Tenants()), Services: len(s.Order),
 		Problems: map[string]int{"error": 0, "warning": 0, "info": 0}, Sources: []Source{}, Snapshot: s.Version, Uptime: time.Since(a.started).Seconds(),
@@ -169,77 +144,6 @@ func (a *api) services(_ context.Context, f *Filter) (*body[List[Service]], erro
 		}
 	}
 	return list(items), nil
-}
-
-func (a *api) service(_ context.Context, id *ServiceID) (*body[Service], error) {
-	s := a.d.Snapshot().Services[id.key()]
-	if s == nil {
-		return nil, huma.Error404NotFound("there is no service " + id.key().String())
-	}
-	return &body[Service]{serviceOf(s)}, nil
-}
-
-type putInput struct {
-	ServiceID
-	RawBody []byte
-}
-
-type putOutput struct {
-	Status int
-	Body   Service
-}
-
-func (a *api) putService(ctx context.Context, in *putInput) (*putOutput, error) {
-	created, err := a.d.PutService(ctx, in.key(), in.RawBody)
-	if err != nil {
-		return nil, refused(err)
-	}
-	out := &putOutput{Status: http.StatusOK}
-	if created {
-		out.Status = http.StatusCreated
-	}
-	s := a.d.Snapshot().Services[in.key()]
-	if s == nil {
-		return nil, huma.Error500InternalServerError("the service is gone again")
-	}
-	out.Body = serviceOf(s)
-	return out, nil
-}
-
-// refused turns an error of a service object into a problem document.
-func refused(err error) error {
-	var errs strict.Errors
-	switch {
-	case errors.As(err, &errs):
-		details := make([]error, len(errs))
-		for i, e := range errs {
-			details[i] = &huma.ErrorDetail{Message: e.Message, Location: pointer(e.Path), Value: e.Place}
-		}
-		return huma.Error422UnprocessableEntity("the service cannot be made from this body", details...)
-	case errors.Is(err, daemon.ErrDeclared), errors.Is(err, daemon.ErrAnnounced):
-		return huma.Error409Conflict(err.Error())
-	case errors.Is(err, daemon.ErrUnknownService):
-		return huma.Error404NotFound(err.Error())
-	}
-	return huma.Error503ServiceUnavailable(err.Error())
-}
-
-// pointer writes ports[0].port as the JSON pointer /ports/0/port.
-func pointer(path string) string {
-	return "/" + strings.NewReplacer("[", "/", "]", "", ".", "/").Replace(path)
-}
-
-func (a *api) deleteService(ctx context.Context, id *ServiceID) (*body[Address], error) {
-	records, err := a.d.DeleteService(ctx, id.key())
-	if err != nil {
-		return nil, refused(err)
-	}
-	for _, r := range records {
-		if r.Kind == ledger.Internal {
-			return &body[Address]{addressOf(r)}, nil
-		}
-	}
-	return &body[Address]{Address{Tenant: id.Tenant, Service: id.Service, Holders: []string{}}}, nil
 }
 
 func (a *api) instances(_ context.Context, f *Filter) (*body[List[Instance]], error) {
@@ -313,9 +217,9 @@ func (a *api) listeners(_ context.Context, f *Filter) (*body[List[Listener]], er
 
 func (a *api) addresses(_ context.Context, f *Filter) (*body[List[Address]], error) {
 	var items []Address
-	for _, r := range a.d.Records() {
-		if f.takes(lb.Key{Tenant: r.Owner.Tenant, Service: r.Owner.Service}) {
-			items = append(items, addressOf(r))
+	for _, u := range a.d.Addresses() {
+		if f.takes(lb.Key{Tenant: u.Owner.Tenant, Service: u.Owner.Service}) {
+			items = append(items, usedAddress(u))
 		}
 	}
 	return list(items), nil
@@ -446,9 +350,11 @@ func value(s *string) string {
 	return *s
 }
 
-func (a *api) release(_ context.Context, in *struct {
+func (a *api) release(ctx context.Context, in *struct {
 	Source string `query:"source" doc:"only of this source"`
 }) (*struct{}, error) {
-	a.d.Release(in.Source)
+	if err := a.d.Release(ctx, in.Source); err != nil {
+		return nil, huma.Error503ServiceUnavailable(err.Error())
+	}
 	return nil, nil
 }

@@ -94,7 +94,7 @@ type Instance struct {
 
 func instanceOf(i *discovery.Instance, svc *lb.Service) Instance {
 	out := Instance{ID: i.ID, Tenant: i.Key.Tenant, Service: i.Key.Service, Address: i.Address.String(), Ports: map[string]uint16{}, Node: optional(i.Node), Zone: optional(i.Zone),
-		Version: optional(i.Version), Weight: i.Weight, Health: string(i.Health), Draining: i.Health == discovery.Maintenance, Origin: i.Origin, Stale: i.Stale}
+		Version: optional(i.Version), Weight: i.Weight, Health: string(i.Health), Draining: draining(i, svc), Origin: i.Origin, Stale: i.Stale}
 	for n, p := range i.Ports {
 		if n == 0 {
 			out.Address = netip.AddrPortFrom(i.Address, p.Number).String()
@@ -106,6 +106,18 @@ func instanceOf(i *discovery.Instance, svc *lb.Service) Instance {
 		out.Ports[name] = p.Number
 	}
 	return out
+}
+
+// draining says that an instance has been taken out of service on purpose.
+func draining(i *discovery.Instance, svc *lb.Service) bool {
+	if svc != nil {
+		for _, e := range svc.Endpoints {
+			if e.Instance == i {
+				return e.Drain != lb.NotDraining
+			}
+		}
+	}
+	return i.Health == discovery.Maintenance
 }
 
 // Route is a route in its place of the match order.
@@ -194,12 +206,24 @@ type Address struct {
 	Reason     string     `json:"reason"`
 	Probed     bool       `json:"probed" doc:"not the first candidate of its hash: another host may have derived another one"`
 	Holders    []string   `json:"holders" doc:"proxies that hold a listener on it"`
-	FreeAfter  *time.Time `json:"free_after" doc:"null: it stays reserved for its service"`
+	FreeAfter  *time.Time `json:"free_after" doc:"earliest time; later while a holder has not let go. null: it is bound"`
 }
 
 func addressOf(r ledger.Record) Address {
 	return Address{Address: r.Address.String(), Kind: r.Kind, Pool: r.Pool, Tenant: r.Owner.Tenant, Service: r.Owner.Service, Generation: r.Generation, State: r.State,
 		Since: r.Since.UTC(), Reason: r.Reason, Probed: r.Probed, Holders: []string{}}
+}
+
+func usedAddress(u daemon.AddressUse) Address {
+	out := addressOf(u.Record)
+	if len(u.Holders) > 0 {
+		out.Holders = u.Holders
+	}
+	if !u.FreeAfter.IsZero() {
+		t := u.FreeAfter.UTC()
+		out.FreeAfter = &t
+	}
+	return out
 }
 
 // Proxy is an Envoy.

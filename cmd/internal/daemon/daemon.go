@@ -7,6 +7,7 @@
 package daemon
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -15,6 +16,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -63,7 +65,9 @@ type Daemon struct {
 	files      *certs.Files
 	problems   *problemLog
 	reloads    chan reload
-	commands   chan func(*reconciler)
+	commands   chan command
+	drainers   sync.WaitGroup // that Run waits for
+	freeAfter  atomic.Pointer[map[netip.Addr]time.Time]
 	stopped    chan struct{}
 	xdsOn      []xds.Listener
 	rec        *reconciler // handed to the reconciler's goroutine by Run
@@ -82,7 +86,7 @@ type Daemon struct {
 func New(ctx context.Context, c *config.Config, log *slog.Logger) (*Daemon, error) {
 	d := &Daemon{
 		Registry: prometheus.NewRegistry(), log: log, start: c, problems: newProblemLog(),
-		reloads: make(chan reload), commands: make(chan func(*reconciler)), stopped: make(chan struct{}),
+		reloads: make(chan reload), commands: make(chan command), stopped: make(chan struct{}),
 		files: certs.NewFiles(log, nil), static: discovery.NewStatic(SourceConfig, c.Static),
 	}
 	if err := d.open(ctx, c); err != nil {
@@ -115,13 +119,9 @@ func (d *Daemon) open(ctx context.Context, c *config.Config) (err error) {
 		return err
 	}
 	d.config.Store(c)
-	d.rec = &reconciler{d: d, host: hostAddresses(c.Model), departures: newDepartures(time.Now)}
+	d.rec = newReconciler(d, time.Now)
+	d.rec.host = hostAddresses(c.Model)
 	d.rec.setConfig(c)
-	state, err := d.store.Load(ctx)
-	if err != nil {
-		return err
-	}
-	d.rec.loadObjects(state.Objects)
 	return nil
 }
 
@@ -195,8 +195,8 @@ func listen(ctx context.Context, at netip.AddrPort) (net.Listener, error) {
 	return l, err
 }
 
-// Addresses are the sockets' real addresses.
-func (d *Daemon) Addresses() (xdsAt, dnsAt string) {
+// Sockets are the sockets' real addresses.
+func (d *Daemon) Sockets() (xdsAt, dnsAt string) {
 	dnsAt = ""
 	if a := d.DNS.Addrs(); len(a) > 0 {
 		dnsAt = a[0].String()
@@ -209,7 +209,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 	defer close(d.stopped)
 	group, ctx := errgroup.WithContext(ctx)
 	// What the ledger knows is served before any source has answered.
-	d.rec.build(ctx)
+	_ = d.rec.build(ctx) // a Problem says so
 	group.Go(func() error { return d.aggregator.Run(ctx) })
 	group.Go(func() error { return d.XDS.Run(ctx, d.xdsOn...) })
 	group.Go(func() error { return d.DNS.Serve(ctx) })
@@ -217,6 +217,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 	group.Go(func() error { return d.rec.run(ctx) })
 	group.Go(func() error { return d.watchConfig(ctx) })
 	err := group.Wait()
+	d.drainers.Wait()
 	if errors.Is(err, context.Canceled) {
 		return nil
 	}
@@ -248,8 +249,15 @@ func (d *Daemon) Config() *config.Config { return d.config.Load() }
 func (d *Daemon) Records() []ledger.Record { return d.ledger.Records() }
 
 // Release lets go of the instances that are held although their source lost
-// them; an empty source is all.
-func (d *Daemon) Release(source string) { d.aggregator.Release(source) }
+// them, on every replica; an empty source is all. It returns after the wish is
+// written down.
+func (d *Daemon) Release(ctx context.Context, source string) error {
+	return d.do(ctx, func(r *reconciler) error {
+		m := ledger.Mark{Kind: ledger.MarkRelease, Name: cmp.Or(source, everySource), Since: time.Now()}
+		r.stage(func(tx *ledger.Tx) { tx.PutMark(m) })
+		return nil
+	})
+}
 
 // admit completes the identity that a proxy claims.
 func (d *Daemon) admit(id lb.Identity) (lb.Identity, error) {

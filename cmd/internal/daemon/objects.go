@@ -1,12 +1,14 @@
 package daemon
 
 import (
+	"bytes"
 	"cmp"
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"maps"
 	"slices"
 	"time"
 
@@ -20,6 +22,7 @@ import (
 // object is a service that no file declares: seen in Consul, or made through
 // the API. It is written down in the ledger's store.
 type object struct {
+	raw    []byte // as the store has it; nil has to be parsed again
 	record serviceRecord
 	origin string
 	spec   *lb.ServiceSpec
@@ -65,10 +68,17 @@ func newObject(key lb.Key, r serviceRecord, origin string, pools []lb.DedicatedP
 	return &object{record: r, origin: origin, spec: spec}, nil
 }
 
-func (r *reconciler) loadObjects(recorded []ledger.Object) {
-	r.objects = map[lb.Key]*object{}
+// parse reads the recorded services; those that have not changed keep their
+// pointer.
+func (r *reconciler) parse(recorded []ledger.Object) map[lb.Key]*object {
+	objects := make(map[lb.Key]*object, len(recorded))
+	r.unread = map[lb.Key]bool{}
 	for _, o := range recorded {
-		key := lb.Key{Tenant: o.Owner.Tenant, Service: o.Owner.Service}
+		key := keyOf(o.Owner)
+		if old := r.objects[key]; old != nil && old.origin == o.Origin && bytes.Equal(old.raw, o.Spec) {
+			objects[key] = old
+			continue
+		}
 		var rec serviceRecord
 		err := json.Unmarshal(o.Spec, &rec)
 		var obj *object
@@ -77,16 +87,18 @@ func (r *reconciler) loadObjects(recorded []ledger.Object) {
 		}
 		if err != nil {
 			r.d.log.Error("a recorded service cannot be read; its address stays reserved", "service", key, "error", err)
+			r.unread[key] = true
 			continue
 		}
-		r.objects[key] = obj
+		obj.raw = o.Spec
+		objects[key] = obj
 	}
+	return objects
 }
 
-// record writes down services that a source shows for the first time, and
-// explicit ports that replace guessed ones.
-func (r *reconciler) record(ctx context.Context, catalog *discovery.Catalog) []events.Event {
-	fresh := map[lb.Key]*object{}
+// record stages services that a source shows for the first time, and explicit
+// ports that replace guessed ones.
+func (r *reconciler) record(catalog *discovery.Catalog) []events.Event {
 	var changes []events.Event
 	seen := r.groups
 	r.groups = catalog.Groups
@@ -99,40 +111,34 @@ func (r *reconciler) record(ctx context.Context, catalog *discovery.Catalog) []e
 		if obj == nil {
 			continue
 		}
-		fresh[key] = obj
+		stored, err := obj.stored(key)
+		if err != nil {
+			r.problem("service_invalid", key.String(), obj.origin, "cannot be recorded: "+err.Error(), "mend the registration's meta")
+			continue
+		}
+		r.stage(func(tx *ledger.Tx) {
+			// Another replica may have recorded it first: what it said stays.
+			if _, there := tx.Object(stored.Owner); !there || old != nil {
+				tx.PutObject(stored)
+			}
+		})
 		if old != nil {
 			changes = append(changes, events.Change(events.ServiceChanged, key.Tenant, key.Service, "", "its ports are now "+portsText(obj.spec.Ports), group.Seen, 0))
 		}
 	}
-	if len(fresh) == 0 {
-		return nil
-	}
-	if err := r.store(ctx, fresh); err != nil {
-		r.ledgerFailed(err)
-		r.groups = nil
-		return nil
-	}
 	return changes
 }
 
-func (r *reconciler) store(ctx context.Context, objects map[lb.Key]*object) error {
-	var list []ledger.Object
-	for _, key := range slices.SortedFunc(maps.Keys(objects), lb.Key.Compare) {
-		o := objects[key]
-		spec, err := json.Marshal(o.record)
-		if err != nil {
-			return err
-		}
-		list = append(list, ledger.Object{Owner: ledger.Owner{Tenant: key.Tenant, Service: key.Service}, Origin: o.origin, Spec: spec})
-	}
-	ctx, cancel := context.WithTimeout(ctx, ledgerTimeout)
-	defer cancel()
-	if err := r.d.ledger.PutObjects(ctx, list); err != nil {
-		return err
-	}
-	maps.Copy(r.objects, objects)
-	r.dirty = true
-	return nil
+// stored is what the store keeps of an object.
+func (o *object) stored(key lb.Key) (ledger.Object, error) {
+	spec, err := json.Marshal(o.record)
+	return ledger.Object{Owner: ownerOf(key), Origin: o.origin, Spec: spec}, err
+}
+
+// etag is a short hash of what an object says, equal on every replica.
+func (o *object) etag() string {
+	sum := sha256.Sum256(append([]byte(o.origin+"\x00"), o.raw...))
+	return hex.EncodeToString(sum[:8])
 }
 
 // wanted returns the object that a group's registrations ask for, or nil where
@@ -226,34 +232,79 @@ var (
 	ErrUnknownService = errors.New("there is no such service")
 	ErrDeclared       = errors.New("the service is declared in a file")
 	ErrAnnounced      = errors.New("a source still announces the service")
+	ErrChanged        = errors.New("the service has changed since")
 )
 
-// PutService makes or changes a service. The error wraps ErrDeclared, or is a
-// strict.Errors for a body that cannot be used.
-func (d *Daemon) PutService(ctx context.Context, key lb.Key, body []byte) (created bool, err error) {
+// Condition says which state of a service a change is meant for: If-Match and
+// If-None-Match of RFC 9110.
+type Condition struct {
+	Match []string // entity tags of which one must be in force; "*" is any
+	None  bool     // there must be no such service
+}
+
+// fulfilled checks a condition against the object of now, nil being none.
+func (c Condition) fulfilled(o *object) error {
+	if c.None && o != nil {
+		return fmt.Errorf("%w: it exists, and If-None-Match says that it must not", ErrChanged)
+	}
+	if len(c.Match) == 0 || o != nil && (slices.Contains(c.Match, "*") || slices.Contains(c.Match, o.etag())) {
+		return nil
+	}
+	return fmt.Errorf("%w: its entity tag is not the one of If-Match: read it again", ErrChanged)
+}
+
+// Tag is the entity tag of a service that no file declares; "" is none.
+func (d *Daemon) Tag(ctx context.Context, key lb.Key) (tag string) {
+	_ = d.look(ctx, func(r *reconciler) { // when Roost stops there is no tag
+		if o := r.objects[key]; o != nil && r.declared[key] == nil {
+			tag = o.etag()
+		}
+	})
+	return tag
+}
+
+// PutService makes or changes a service. It returns after the change is written
+// down. The error wraps ErrDeclared or ErrChanged, or is a strict.Errors for a
+// body that cannot be used.
+func (d *Daemon) PutService(ctx context.Context, key lb.Key, body []byte, condition Condition) (created bool, err error) {
 	err = d.do(ctx, func(r *reconciler) error {
 		if s := r.declared[key]; s != nil {
 			return fmt.Errorf("%w: change it at %s", ErrDeclared, s.Origin)
 		}
-		origin := "api"
 		old := r.objects[key]
+		if err := condition.fulfilled(old); err != nil {
+			return err
+		}
+		origin := "api"
 		if old != nil {
 			origin = cmp.Or(old.origin, origin)
 		}
-		obj, err := newObjectStrict(key, serviceRecord{Body: body}, origin, r.config.Model)
+		obj, err := newObjectStrict(key, serviceRecord{Body: compact(body)}, origin, r.config.Model)
 		if err != nil {
 			return err
 		}
-		if err := r.store(ctx, map[lb.Key]*object{key: obj}); err != nil {
+		stored, err := obj.stored(key)
+		if err != nil {
 			return err
 		}
+		r.stage(func(tx *ledger.Tx) { tx.PutObject(stored) })
 		created = old == nil
-		if !created {
+		if !created && !bytes.Equal(old.raw, stored.Spec) {
 			d.Events.Add(events.Change(events.ServiceChanged, key.Tenant, key.Service, "", "changed through the API", time.Now(), 0))
 		}
 		return nil
 	})
 	return created, err
+}
+
+// compact takes the white space out of a JSON body, so that the same content is
+// the same record; what is no JSON stays and is refused with its place.
+func compact(body []byte) []byte {
+	var out bytes.Buffer
+	if json.Compact(&out, body) != nil {
+		return body
+	}
+	return out.Bytes()
 }
 
 func newObjectStrict(key lb.Key, rec serviceRecord, origin string, c *lb.Config) (*object, error) {
@@ -264,9 +315,10 @@ func newObjectStrict(key lb.Key, rec serviceRecord, origin string, c *lb.Config)
 }
 
 // DeleteService deletes a service; its addresses go into quarantine and are
-// returned. The error wraps ErrUnknownService, ErrDeclared or ErrAnnounced.
-func (d *Daemon) DeleteService(ctx context.Context, key lb.Key) (records []ledger.Record, err error) {
-	owner := ledger.Owner{Tenant: key.Tenant, Service: key.Service}
+// returned. The error wraps ErrUnknownService, ErrDeclared, ErrAnnounced or
+// ErrChanged.
+func (d *Daemon) DeleteService(ctx context.Context, key lb.Key, condition Condition) (records []ledger.Record, err error) {
+	owner := ownerOf(key)
 	err = d.do(ctx, func(r *reconciler) error {
 		if s := r.declared[key]; s != nil {
 			return fmt.Errorf("%w: remove it at %s", ErrDeclared, s.Origin)
@@ -274,14 +326,13 @@ func (d *Daemon) DeleteService(ctx context.Context, key lb.Key) (records []ledge
 		if r.objects[key] == nil {
 			return ErrUnknownService
 		}
+		if err := condition.fulfilled(r.objects[key]); err != nil {
+			return err
+		}
 		if g := d.aggregator.Catalog().Groups[key]; g != nil {
 			return fmt.Errorf("%w: %s; deregister its %d instances first", ErrAnnounced, g.Instances[0].Origin, len(g.Instances))
 		}
-		if err := d.ledger.DeleteObject(ctx, owner); err != nil {
-			return err
-		}
-		delete(r.objects, key)
-		r.dirty = true
+		r.stage(func(tx *ledger.Tx) { tx.DeleteObject(owner) })
 		return nil
 	})
 	if err != nil {

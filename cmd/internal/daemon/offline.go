@@ -5,6 +5,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"time"
 
 	"github.com/roostmesh/roost/certs"
 	"github.com/roostmesh/roost/cmd/internal/config"
@@ -25,10 +26,11 @@ func Offline(c *config.Config) (*lb.Snapshot, certs.Pairs, error) {
 	}
 	log := slog.New(slog.DiscardHandler)
 	d := &Daemon{ledger: l, log: log, files: certs.NewFiles(log, nil), static: discovery.NewStatic(SourceConfig, nil)}
-	r := &reconciler{d: d}
+	r := newReconciler(d, time.Now)
 	r.setConfig(c)
-	r.specs = r.services()
-	r.bind(ctx)
+	if _, err := r.commit(ctx); err != nil {
+		return nil, nil, err
+	}
 	instances := c.Static
 	for _, path := range instanceFiles(c.InstancePath) {
 		data, err := os.ReadFile(path)

@@ -107,6 +107,24 @@ func (d *Daemon) NotReady() []Waiting {
 	return out
 }
 
+// Degraded lists what goes on with its last good state.
+func (d *Daemon) Degraded() []Waiting {
+	out := []Waiting{}
+	s := d.snapshot.Load()
+	if s == nil {
+		return out
+	}
+	for _, src := range s.Catalog.Sources {
+		if src.Stale {
+			out = append(out, Waiting{"source " + src.Name, "its last good state is served: " + src.LastError})
+		}
+		if src.Held > 0 {
+			out = append(out, Waiting{"source " + src.Name, fmt.Sprintf("%d instances are held that it lost", src.Held)})
+		}
+	}
+	return out
+}
+
 // refusal is a reload that was not taken, wholly or in part.
 type refusal struct{ problems []lb.Problem }
 

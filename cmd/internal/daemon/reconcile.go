@@ -3,8 +3,6 @@ package daemon
 import (
 	"context"
 	"errors"
-	"fmt"
-	"maps"
 	"net"
 	"net/netip"
 	"slices"
@@ -23,7 +21,7 @@ const (
 	// hostAddressesEvery is how often the host's own addresses are read again.
 	hostAddressesEvery = 10 * time.Second
 	receiptAge         = 10 * time.Second
-	expireEvery        = time.Second
+	tickEvery          = time.Second
 	// ledgerTimeout bounds one write of the ledger; a disk that hangs longer
 	// stops changes, not traffic.
 	ledgerTimeout = 10 * time.Second
@@ -32,8 +30,10 @@ const (
 // reconciler makes Snapshots. All its state is owned by the goroutine of run.
 type reconciler struct {
 	d       *Daemon
+	now     func() time.Time
 	config  *config.Config
 	objects map[lb.Key]*object
+	unread  map[lb.Key]bool // recorded, and not understood: a newer Roost's
 	host    []netip.Addr
 	// declared are the file's services by key, rebuilt with the config.
 	declared map[lb.Key]*lb.ServiceSpec
@@ -44,19 +44,29 @@ type reconciler struct {
 	specs     []*lb.ServiceSpec
 	addressed map[lb.Key]lb.Addresses
 	groups    map[lb.Key]*discovery.Group // that record has looked at
+	// staged is what commands and sources want written down by the next build.
+	staged       []func(*ledger.Tx)
+	stagedEvents []events.Event // of what is staged, told when it is written down
 	// problems are those of the reconciler itself: a full pool, a refused change.
 	problems   []lb.Problem
 	departures *departures
-	served     bool // the first World has been published
-	warned     bool // a ledger that cannot be written has been logged
+	quarantine *quarantine
+	drains     *drains
+	released   map[string]releasedAt // marks of the mass-loss guard that were acted on, by source
+	served     bool                  // the first World has been published
+	warned     bool                  // a ledger that cannot be written has been logged
+}
+
+func newReconciler(d *Daemon, now func() time.Time) *reconciler {
+	return &reconciler{d: d, now: now, departures: newDepartures(now), quarantine: newQuarantine(now), drains: newDrains(d, now), released: map[string]releasedAt{}}
 }
 
 // run reconciles whenever something has changed, until ctx ends.
 func (r *reconciler) run(ctx context.Context) error {
 	hostTick := time.NewTicker(hostAddressesEvery)
 	defer hostTick.Stop()
-	expire := time.NewTicker(expireEvery)
-	defer expire.Stop()
+	tick := time.NewTicker(tickEvery)
+	defer tick.Stop()
 	for {
 		select {
 		case <-ctx.Done():
@@ -65,19 +75,22 @@ func (r *reconciler) run(ctx context.Context) error {
 		case <-r.d.files.Changed():
 		case c := <-r.d.reloads:
 			r.reload(c)
-		case f := <-r.d.commands:
-			f(r)
+		case c := <-r.d.commands:
+			r.execute(ctx, c)
+			continue
 		case <-hostTick.C:
 			host := hostAddresses(r.config.Model)
 			if slices.Equal(host, r.host) {
 				continue
 			}
 			r.host = host
-		case <-expire.C:
+		case <-tick.C:
 			r.d.Events.Expire(receiptAge)
-			continue
+			if !r.tick() {
+				continue
+			}
 		}
-		r.build(ctx)
+		_ = r.build(ctx) // a Problem says so
 	}
 }
 
@@ -107,6 +120,10 @@ func hostAddresses(c *lb.Config) []netip.Addr {
 
 func (r *reconciler) setConfig(c *config.Config) {
 	r.config, r.dirty, r.groups = c, true, nil
+	r.quarantine.configure(c.Quarantine, c.Model.TTL)
+	for _, o := range r.objects {
+		o.raw = nil // what a record means depends on the config
+	}
 	r.declared = map[lb.Key]*lb.ServiceSpec{}
 	for _, s := range c.Model.Services {
 		r.declared[s.Key] = s
@@ -121,18 +138,29 @@ func (r *reconciler) setConfig(c *config.Config) {
 	r.d.static.Set(c.Static)
 }
 
-// build makes and publishes the next Snapshot.
-func (r *reconciler) build(ctx context.Context) {
+// build makes and publishes the next Snapshot. The error is that of the ledger,
+// when something could not be written down: what was staged has not happened.
+func (r *reconciler) build(ctx context.Context) error {
 	catalog := r.d.aggregator.Catalog()
 	prev := r.d.snapshot.Load()
-	changes := r.record(ctx, catalog)
+	changes := r.record(catalog)
+	var err error
 	if r.dirty {
 		r.problems, r.dirty = nil, false
-		r.specs = r.services()
-		changes = append(changes, r.bind(ctx)...)
+		var bound []events.Event
+		if bound, err = r.commit(ctx); err == nil {
+			changes = append(changes, bound...)
+		} else {
+			changes = nil
+		}
 		r.addressed = r.addresses()
+		r.quarantine.sync(r.d.ledger.Records())
+		r.publishFree()
 	}
-	snapshot := lb.Build(prev, lb.Input{Config: r.config.Model, Catalog: catalog, Services: r.specs, Addresses: r.addressed, HostAddresses: r.host})
+	marks := r.d.ledger.Marks()
+	r.releaseHeld(marks)
+	drains := r.drains.phases(catalog, marks)
+	snapshot := lb.Build(prev, lb.Input{Config: r.config.Model, Catalog: catalog, Services: r.specs, Addresses: r.addressed, HostAddresses: r.host, Drains: drains})
 	snapshot.AddProblems(r.problems)
 	r.d.snapshot.Store(snapshot)
 	// An event is there before the first ACK of it can come.
@@ -140,177 +168,133 @@ func (r *reconciler) build(ctx context.Context) {
 	if catalog.Ready || r.served {
 		world := envoy.Translate(r.world, snapshot, r.d.files.Pairs())
 		r.d.XDS.Publish(world, world.Since(r.world))
+		if !r.served {
+			r.quarantine.serving()
+			r.publishFree()
+		}
 		r.world, r.served = world, true
 		r.d.world.Store(world)
 	}
 	r.d.observeProgress()
-}
-
-// services lists what exists, declared in a file or recorded, by key.
-func (r *reconciler) services() []*lb.ServiceSpec {
-	specs := slices.Clone(r.config.Model.Services)
-	for _, key := range slices.SortedFunc(maps.Keys(r.objects), lb.Key.Compare) {
-		if r.declared[key] == nil {
-			specs = append(specs, r.objects[key].spec)
-		}
-	}
-	slices.SortFunc(specs, func(a, b *lb.ServiceSpec) int { return a.Key.Compare(b.Key) })
-	return specs
-}
-
-// bind gives every service its addresses. Services that the ledger has no room
-// for, or whose record cannot be written, stay without: no address is ever
-// told that is not written down.
-func (r *reconciler) bind(ctx context.Context) []events.Event {
-	ctx, cancel := context.WithTimeout(ctx, ledgerTimeout)
-	defer cancel()
-	changes := r.release(ctx)
-	var wishes []ledger.Wish
-	for _, s := range r.specs {
-		for _, w := range r.wishes(s) {
-			if rec, ok := r.d.ledger.Lookup(w.Owner, w.Pool.Kind, w.Pool.Prefix.Addr().Is6()); !ok || rec.State != ledger.Bound {
-				wishes = append(wishes, w)
-			}
-		}
-	}
-	if len(wishes) > 0 {
-		records, refused, err := r.d.ledger.Bind(ctx, wishes, "service exists")
-		if err != nil {
-			r.ledgerFailed(err)
-		} else {
-			r.warned = false
-			for _, rec := range records {
-				changes = append(changes, events.Change(events.AddressBound, rec.Owner.Tenant, rec.Owner.Service, "", fmt.Sprintf("%s address %s of pool %s", rec.Kind, rec.Address, rec.Pool), time.Time{}, 0))
-			}
-		}
-		for _, f := range refused {
-			r.problem("pool_full", f.Owner.String(), "addresses", fmt.Sprintf("has no %s address: %v", f.Pool.Kind, f.Err),
-				fmt.Sprintf("make pool %s larger, or delete services that nobody needs", f.Pool.Name))
-		}
-	}
-	return changes
-}
-
-func (r *reconciler) ledgerFailed(err error) {
-	r.dirty = true // the next build tries again
-	r.problem("ledger_write_failed", "ledger", r.config.DataDir, "a change of addresses cannot be written down, so that it does not happen: "+err.Error(), "make room on the disk, or make the data directory writable; what is bound goes on")
-	if !r.warned {
-		r.d.log.Error("ledger cannot be written; new services stay without an address, what is bound goes on", "error", err)
-		r.warned = true
-	}
-}
-
-func (r *reconciler) problem(code, object, place, message, fix string) {
-	r.problems = append(r.problems, lb.Problem{Code: code, Severity: discovery.SeverityError, Object: object, Place: place, Message: message, Fix: fix})
-}
-
-// wishes are the addresses that a service should have.
-func (r *reconciler) wishes(s *lb.ServiceSpec) []ledger.Wish {
-	owner := ledger.Owner{Tenant: s.Key.Tenant, Service: s.Key.Service}
-	var out []ledger.Wish
-	for _, p := range r.config.Model.InternalPools {
-		pool := ledger.Pool{Name: p.String(), Kind: ledger.Internal, Prefix: p}
-		if p.Addr().Is4() {
-			pool.Exclude = append(pool.Exclude, config.PoolDNS(p))
-		}
-		out = append(out, ledger.Wish{Owner: owner, Pool: pool})
-	}
-	for _, p := range r.config.Model.DedicatedPools {
-		if p.Name == s.DedicatedPool {
-			out = append(out, ledger.Wish{Owner: owner, Pool: ledger.Pool{Name: p.Name, Kind: ledger.Dedicated, Prefix: p.Prefix}})
-		}
-	}
-	return out
-}
-
-// release puts the addresses of services that are gone into quarantine.
-func (r *reconciler) release(ctx context.Context) []events.Event {
-	var changes []events.Event
-	exists := make(map[ledger.Owner]*lb.ServiceSpec, len(r.specs))
-	for _, s := range r.specs {
-		exists[ledger.Owner{Tenant: s.Key.Tenant, Service: s.Key.Service}] = s
-	}
-	for _, rec := range r.d.ledger.Records() {
-		s := exists[rec.Owner]
-		if rec.State != ledger.Bound || s != nil && (rec.Kind != ledger.Dedicated || s.DedicatedPool != "") {
-			continue
-		}
-		var gone []ledger.Record
-		var err error
-		if s == nil {
-			gone, err = r.d.ledger.Release(ctx, rec.Owner, "service deleted")
-		} else {
-			gone, err = r.d.ledger.Release(ctx, rec.Owner, "dedicated IP no longer asked for", ledger.Dedicated)
-		}
-		if err != nil {
-			r.ledgerFailed(err)
-			continue
-		}
-		for _, g := range gone {
-			changes = append(changes, events.Change(events.AddressQuarantined, g.Owner.Tenant, g.Owner.Service, "", fmt.Sprintf("%s address %s: %s", g.Kind, g.Address, g.Reason), time.Time{}, 0))
-		}
-	}
-	return changes
-}
-
-// addresses reads what the ledger has for each service.
-func (r *reconciler) addresses() map[lb.Key]lb.Addresses {
-	out := make(map[lb.Key]lb.Addresses, len(r.specs))
-	for _, s := range r.specs {
-		owner := ledger.Owner{Tenant: s.Key.Tenant, Service: s.Key.Service}
-		var a lb.Addresses
-		if rec, ok := r.bound(owner, ledger.Internal, false); ok {
-			a.Internal, a.Generation, a.Probed = rec.Address, rec.Generation, rec.Probed
-			r.outside(rec)
-		}
-		if rec, ok := r.bound(owner, ledger.Internal, true); ok {
-			a.Internal6 = rec.Address
-		}
-		for _, v6 := range []bool{false, true} {
-			if rec, ok := r.bound(owner, ledger.Dedicated, v6); ok && s.DedicatedPool != "" && !a.Dedicated.IsValid() {
-				a.Dedicated = rec.Address
-			}
-		}
-		out[s.Key] = a
-	}
-	return out
-}
-
-func (r *reconciler) bound(o ledger.Owner, kind string, v6 bool) (ledger.Record, bool) {
-	rec, ok := r.d.ledger.Lookup(o, kind, v6)
-	return rec, ok && rec.State == ledger.Bound
-}
-
-func (r *reconciler) outside(rec ledger.Record) {
-	if slices.ContainsFunc(r.config.Model.InternalPools, func(p netip.Prefix) bool { return p.Contains(rec.Address) }) {
-		return
-	}
-	r.problems = append(r.problems, lb.Problem{Code: "address_outside_pool", Severity: discovery.SeverityWarning, Object: rec.Owner.String(), Place: "addresses.internal",
-		Message: fmt.Sprintf("its address %s lies outside today's internal pool and is kept", rec.Address),
-		Fix:     "callers may go on; delete and create the service again when none is left to get an address of the new pool"})
+	r.drains.follow(ctx, snapshot)
+	return err
 }
 
 // errShutdown is what a command gets when the daemon ends before it ran.
 var errShutdown = errors.New("roost is shutting down")
 
-// do runs f in the reconciler's goroutine and builds a Snapshot after it.
-func (d *Daemon) do(ctx context.Context, f func(*reconciler) error) error {
-	done := make(chan error, 1)
-	select {
-	case d.commands <- func(r *reconciler) {
-		err := f(r)
-		if err == nil {
-			r.build(ctx)
+// tick does what time asks for, and says whether a build has to write something
+// down.
+func (r *reconciler) tick() bool {
+	due := r.free()
+	marks := r.d.ledger.Marks()
+	for _, key := range append(r.drains.stale(r.d.aggregator.Catalog(), marks), r.spent(marks)...) {
+		r.stage(func(tx *ledger.Tx) { tx.DeleteMark(key) })
+		due = true
+	}
+	return due
+}
+
+// everySource names all sources in a release mark.
+const everySource = "*"
+
+// releaseLasts is how long a release mark stays, for every replica to see it.
+const releaseLasts = time.Minute
+
+type releasedAt struct {
+	generation uint64
+	seen       time.Time
+}
+
+// releaseHeld acts on new wishes to let go of what the mass-loss guard holds.
+func (r *reconciler) releaseHeld(marks []ledger.Mark) {
+	for _, m := range marks {
+		if m.Kind != ledger.MarkRelease || r.released[m.Name].generation == m.Generation {
+			continue
 		}
-		done <- err
-	}:
+		r.released[m.Name] = releasedAt{m.Generation, r.now()}
+		source := m.Name
+		if source == everySource {
+			source = ""
+		}
+		r.d.aggregator.Release(source)
+	}
+}
+
+// spent lists the release marks that every replica has had time to act on.
+func (r *reconciler) spent(marks []ledger.Mark) (out []ledger.MarkKey) {
+	for _, m := range marks {
+		if at := r.released[m.Name]; m.Kind == ledger.MarkRelease && at.generation == m.Generation && r.now().Sub(at.seen) > releaseLasts {
+			out = append(out, m.Key())
+		}
+	}
+	return out
+}
+
+// command is work for the reconciler's goroutine: f changes or stages
+// something, and done is answered after the build that has it.
+type command struct {
+	f    func(*reconciler) error
+	done chan error
+}
+
+// maxCommands bounds how many share one build, and so one write of the ledger.
+const maxCommands = 512
+
+// execute runs a command and those that wait behind it, builds once for all, and
+// answers them.
+func (r *reconciler) execute(ctx context.Context, c command) {
+	var waiting []command
+	for more := true; more; {
+		if err := c.f(r); errors.Is(err, errLooked) {
+			c.done <- nil
+		} else if err != nil {
+			c.done <- err
+		} else {
+			waiting = append(waiting, c)
+		}
+		more = false
+		if len(waiting) < maxCommands {
+			select {
+			case c = <-r.d.commands:
+				more = true
+			default:
+			}
+		}
+	}
+	if len(waiting) == 0 {
+		return
+	}
+	err := r.build(ctx)
+	for _, c := range waiting {
+		c.done <- err
+	}
+}
+
+// errLooked says that a command has changed nothing.
+var errLooked = errors.New("nothing to build")
+
+// look runs f in the reconciler's goroutine.
+func (d *Daemon) look(ctx context.Context, f func(*reconciler)) error {
+	return d.do(ctx, func(r *reconciler) error {
+		f(r)
+		return errLooked
+	})
+}
+
+// do runs f in the reconciler's goroutine and returns after a Snapshot was built
+// with what it did. An error says that nothing has happened.
+func (d *Daemon) do(ctx context.Context, f func(*reconciler) error) error {
+	c := command{f, make(chan error, 1)}
+	select {
+	case d.commands <- c:
 	case <-d.stopped:
 		return errShutdown
 	case <-ctx.Done():
 		return ctx.Err()
 	}
 	select {
-	case err := <-done:
+	case err := <-c.done:
 		return err
 	case <-d.stopped:
 		return errShutdown

@@ -1,0 +1,334 @@
+package daemon
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/roostmesh/roost/discovery"
+	"github.com/roostmesh/roost/lb"
+	"github.com/roostmesh/roost/lb/ledger"
+)
+
+// A drain takes one instance out of service for good: it gets no new traffic and
+// finishes what it has in flight, for its service's drain time at most; then
+// proxies let go of it. It is a mark in the store, so that it outlives a restart
+// and every replica acts on it. An instance in maintenance drains by itself, on
+// each replica alone.
+
+// drainWish is what a drain's mark says.
+type drainWish struct {
+	Timeout float64 `json:"timeout"` // seconds
+	Place   string  `json:"place"`   // where the instance was: elsewhere under its name is another one
+	Phase   string  `json:"phase"`   // phaseDraining phaseDrained
+}
+
+const (
+	phaseDraining = "draining"
+	phaseDrained  = "drained"
+
+	// absentFor is how long a mark stays whose instance this process has never
+	// seen: a source may be slow.
+	absentFor = time.Minute
+)
+
+// drains is the reconciler's knowledge of which instances are on their way out.
+type drains struct {
+	d       *Daemon
+	now     func() time.Time
+	started time.Time
+	seen    map[string]bool     // marked instances that a catalog has shown; by qualified name
+	running map[string]*drainer // by qualified name
+	over    map[string]string   // instances in maintenance that have been let go, with their place
+}
+
+func newDrains(d *Daemon, now func() time.Time) *drains {
+	return &drains{d: d, now: now, started: now(), seen: map[string]bool{}, running: map[string]*drainer{}, over: map[string]string{}}
+}
+
+// phases is what Build is told: how far each marked instance is. Marks that mean
+// nothing any more are left out, and found by stale.
+func (d *drains) phases(c *discovery.Catalog, marks []ledger.Mark) map[lb.Key]map[string]lb.Drain {
+	var out map[lb.Key]map[string]lb.Drain
+	set := func(i *discovery.Instance, phase lb.Drain) {
+		if out == nil {
+			out = map[lb.Key]map[string]lb.Drain{}
+		}
+		if out[i.Key] == nil {
+			out[i.Key] = map[string]lb.Drain{}
+		}
+		out[i.Key][i.QualifiedName()] = max(phase, out[i.Key][i.QualifiedName()])
+	}
+	for _, m := range marks {
+		i := instanceNamed(c, m)
+		w, err := wishOf(m)
+		if i == nil || err != nil || w.Place != place(i) {
+			continue
+		}
+		d.seen[m.Name] = true
+		if w.Phase == phaseDrained {
+			set(i, lb.Drained)
+		} else {
+			set(i, lb.Draining)
+		}
+	}
+	for name, where := range d.over {
+		i := find(c, name)
+		if i == nil || i.Health != discovery.Maintenance || place(i) != where {
+			delete(d.over, name)
+			continue
+		}
+		set(i, lb.Drained)
+	}
+	return out
+}
+
+func wishOf(m ledger.Mark) (w drainWish, err error) {
+	err = json.Unmarshal(m.Data, &w)
+	return w, err
+}
+
+func instanceNamed(c *discovery.Catalog, m ledger.Mark) *discovery.Instance {
+	if m.Kind != ledger.MarkDrain {
+		return nil
+	}
+	return find(c, m.Name)
+}
+
+// find finds an instance by its qualified name.
+func find(c *discovery.Catalog, name string) *discovery.Instance {
+	parts := strings.SplitN(name, "/", 3)
+	if len(parts) < 3 {
+		return nil
+	}
+	g := c.Groups[lb.Key{Tenant: parts[0], Service: parts[1]}]
+	if g == nil {
+		return nil
+	}
+	n := slices.IndexFunc(g.Instances, func(i *discovery.Instance) bool { return i.QualifiedName() == name })
+	if n < 0 {
+		return nil
+	}
+	return g.Instances[n]
+}
+
+// stale lists the marks whose instance has left or has come back elsewhere: what
+// is there under the name later is not meant.
+func (d *drains) stale(c *discovery.Catalog, marks []ledger.Mark) (out []ledger.MarkKey) {
+	if !c.Ready || slices.ContainsFunc(c.Sources, func(s discovery.SourceStatus) bool { return s.Stale }) {
+		return nil // absence proves nothing
+	}
+	for _, m := range marks {
+		if m.Kind != ledger.MarkDrain {
+			continue
+		}
+		i := instanceNamed(c, m)
+		w, err := wishOf(m)
+		switch {
+		case i == nil && !d.seen[m.Name] && d.now().Sub(d.started) < absentFor:
+		case err != nil, i == nil, w.Place != place(i):
+			delete(d.seen, m.Name)
+			out = append(out, m.Key())
+		}
+	}
+	return out
+}
+
+// follow starts a drainer for each instance that has begun to drain, and ends
+// those of instances that no longer do.
+func (d *drains) follow(ctx context.Context, s *lb.Snapshot) {
+	draining := map[string]bool{}
+	begin := func(svc *lb.Service) {
+		for _, e := range svc.Endpoints {
+			if e.Drain != lb.Draining {
+				continue
+			}
+			name := e.Instance.QualifiedName()
+			draining[name] = true
+			if d.running[name] == nil {
+				d.running[name] = d.start(ctx, s, svc, e)
+			}
+		}
+	}
+	for _, svc := range s.Order {
+		if svc.Drains != nil || hasMaintenance(svc) {
+			begin(svc)
+		}
+	}
+	for name, r := range d.running {
+		if !draining[name] {
+			r.cancel()
+			delete(d.running, name)
+		}
+	}
+}
+
+func hasMaintenance(s *lb.Service) bool {
+	return slices.ContainsFunc(s.Endpoints, func(e *lb.Endpoint) bool { return e.Instance.Health == discovery.Maintenance })
+}
+
+func (d *drains) start(ctx context.Context, s *lb.Snapshot, svc *lb.Service, e *lb.Endpoint) *drainer {
+	timeout, marked := svc.Spec.DrainTime(), false
+	for _, m := range d.d.ledger.Marks() {
+		if m.Kind != ledger.MarkDrain || m.Name != e.Instance.QualifiedName() {
+			continue
+		}
+		if w, err := wishOf(m); err == nil {
+			marked, timeout = true, time.Duration(w.Timeout*float64(time.Second))
+		}
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	r := newDrainer(d.d, s.Version, svc, e, timeout)
+	r.cancel = cancel
+	d.d.drainers.Go(func() {
+		defer cancel()
+		if r.run(ctx) != nil {
+			return
+		}
+		_ = d.d.do(ctx, func(rec *reconciler) error { // when Roost stops, its next start goes on
+			rec.drained(e.Instance, marked)
+			return nil
+		})
+	})
+	return r
+}
+
+// drained lets go of an instance after its drain.
+func (r *reconciler) drained(i *discovery.Instance, marked bool) {
+	name := i.QualifiedName()
+	if !marked {
+		r.drains.over[name] = place(i)
+		return
+	}
+	key := ledger.MarkKey{Kind: ledger.MarkDrain, Name: name}
+	r.stage(func(tx *ledger.Tx) {
+		m, ok := tx.Mark(key)
+		if !ok {
+			return
+		}
+		w, err := wishOf(m)
+		if err != nil || w.Phase == phaseDrained {
+			return
+		}
+		w.Phase = phaseDrained
+		if m.Data, err = json.Marshal(w); err == nil {
+			tx.PutMark(m)
+		}
+	})
+}
+
+// The errors of drains that a caller tells apart.
+var (
+	ErrUnknownInstance = errors.New("there is no such instance")
+	ErrNotDraining     = errors.New("the instance does not drain")
+)
+
+// AmbiguousError says that several instances have a name.
+type AmbiguousError struct {
+	Name       string
+	Candidates []string // full names
+}
+
+func (e *AmbiguousError) Error() string {
+	return fmt.Sprintf("%d instances are called %s: say which one: %s", len(e.Candidates), e.Name, strings.Join(e.Candidates, ", "))
+}
+
+// Instance finds an instance by its full name, tenant/service/id[@node], or by
+// its bare id. The error wraps ErrUnknownInstance or is an *AmbiguousError.
+func Instance(c *discovery.Catalog, name string) (*discovery.Instance, error) {
+	var found []*discovery.Instance
+	for _, g := range c.Groups {
+		for _, i := range g.Instances {
+			if name == i.QualifiedName() || name == i.Name() || name == i.ID || name == i.ID+"@"+i.Node {
+				found = append(found, i)
+			}
+		}
+	}
+	if n := slices.IndexFunc(found, func(i *discovery.Instance) bool { return i.QualifiedName() == name }); n >= 0 {
+		return found[n], nil
+	}
+	switch len(found) {
+	case 0:
+		return nil, fmt.Errorf("%w: %s; `roost instances` lists them", ErrUnknownInstance, name)
+	case 1:
+		return found[0], nil
+	}
+	e := &AmbiguousError{Name: name}
+	for _, i := range found {
+		e.Candidates = append(e.Candidates, i.QualifiedName())
+	}
+	slices.Sort(e.Candidates)
+	return nil, e
+}
+
+// Drain takes an instance out of service and returns when every proxy has let go
+// of it or its time is over. timeout 0 is the service's. The error wraps
+// ErrUnknownInstance, is an *AmbiguousError, or says that the wish could not be
+// written down.
+func (d *Daemon) Drain(ctx context.Context, name string, timeout time.Duration) (DrainResult, error) {
+	var running *drainer
+	var full string
+	begun := time.Now()
+	err := d.do(ctx, func(r *reconciler) error {
+		i, err := Instance(d.aggregator.Catalog(), name)
+		if err != nil {
+			return err
+		}
+		full = i.QualifiedName()
+		limit := timeout
+		if svc := d.snapshot.Load().Services[i.Key]; limit == 0 && svc != nil {
+			limit = svc.Spec.DrainTime()
+		}
+		data, err := json.Marshal(drainWish{limit.Seconds(), place(i), phaseDraining})
+		if err != nil {
+			return err
+		}
+		key := ledger.MarkKey{Kind: ledger.MarkDrain, Name: full}
+		r.stage(func(tx *ledger.Tx) {
+			if m, ok := tx.Mark(key); ok {
+				if w, err := wishOf(m); err == nil && w.Place == place(i) {
+					return // it drains, or has drained, already
+				}
+			}
+			tx.PutMark(ledger.Mark{Kind: key.Kind, Name: key.Name, Data: data})
+		})
+		return nil
+	})
+	if err != nil {
+		return DrainResult{}, err
+	}
+	if err := d.look(ctx, func(r *reconciler) { running = r.drains.running[full] }); err != nil {
+		return DrainResult{}, err
+	}
+	if running == nil { // it has drained before, or no proxy can have it
+		return DrainResult{Instance: full, Drained: true, Took: time.Since(begun).Seconds(), Waiting: []string{}}, nil
+	}
+	return running.result(ctx)
+}
+
+// Undrain puts an instance back into service. The error wraps ErrUnknownInstance
+// or ErrNotDraining, or is an *AmbiguousError.
+func (d *Daemon) Undrain(ctx context.Context, name string) (full string, err error) {
+	err = d.do(ctx, func(r *reconciler) error {
+		i, err := Instance(d.aggregator.Catalog(), name)
+		if err != nil {
+			return err
+		}
+		full = i.QualifiedName()
+		key := ledger.MarkKey{Kind: ledger.MarkDrain, Name: full}
+		marked := slices.ContainsFunc(d.ledger.Marks(), func(m ledger.Mark) bool { return m.Key() == key })
+		switch {
+		case !marked && i.Health == discovery.Maintenance:
+			return fmt.Errorf("%w by Roost: it is in maintenance at its source; end that there (`consul maint -disable`)", ErrNotDraining)
+		case !marked:
+			return fmt.Errorf("%w: %s", ErrNotDraining, full)
+		}
+		r.stage(func(tx *ledger.Tx) { tx.DeleteMark(key) })
+		return nil
+	})
+	return full, err
+}

@@ -1,0 +1,160 @@
+package daemon
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/roostmesh/roost/lb"
+	"github.com/roostmesh/roost/xds"
+	"github.com/roostmesh/roost/xds/envoy"
+)
+
+const (
+	// drainPoll is how often a drain looks at proxies; a look is cheap.
+	drainPoll = 2 * time.Millisecond
+	// returnsWithin is how long a drain waits for a proxy that has just lost its
+	// stream; one that is gone for longer is only named.
+	returnsWithin = 2 * time.Second
+)
+
+// DrainResult is what a drain came to.
+type DrainResult struct {
+	Instance string   `json:"instance"`
+	Drained  bool     `json:"drained" doc:"every proxy has let go of it; nothing that is known of is in flight"`
+	TimedOut bool     `json:"timed_out"`
+	Took     float64  `json:"took" doc:"seconds"`
+	InFlight uint64   `json:"in_flight" doc:"requests and TCP connections that outlived the timeout"`
+	Waiting  []string `json:"waiting" doc:"what did not answer: proxies, replicas"`
+	Gone     []string `json:"gone" doc:"proxies that are not connected and may still have it"`
+}
+
+// drainer waits until this replica's proxies have let go of one instance.
+type drainer struct {
+	d        *Daemon
+	instance string
+	version  uint64 // of the first Snapshot in which it drains
+	clusters []string
+	targets  []xds.Target
+	timeout  time.Duration
+	begun    time.Time
+	cancel   context.CancelFunc
+	done     chan struct{} // closed when outcome is set
+	outcome  DrainResult
+}
+
+func newDrainer(d *Daemon, version uint64, s *lb.Service, e *lb.Endpoint, timeout time.Duration) *drainer {
+	r := &drainer{d: d, instance: e.Instance.QualifiedName(), version: version, timeout: timeout, begun: time.Now(), done: make(chan struct{})}
+	for n, p := range s.Ports {
+		if !e.At[n].IsValid() {
+			continue
+		}
+		for _, v := range append([]string{""}, s.Versions...) {
+			if v == "" || v == e.Instance.Version {
+				name := lb.ClusterName(s.Key, p.Name, v)
+				r.clusters = append(r.clusters, name)
+				r.targets = append(r.targets, xds.Target{Cluster: name, At: e.At[n]})
+			}
+		}
+	}
+	return r
+}
+
+// run returns when nothing holds the instance any more or its time is over, with
+// an error only when ctx ends before.
+func (r *drainer) run(ctx context.Context) error {
+	stop := r.d.XDS.WatchLoad(r.clusters...)
+	defer stop()
+	limit := time.NewTimer(r.timeout)
+	defer limit.Stop()
+	tick := time.NewTicker(drainPoll)
+	defer tick.Stop()
+	var confirmed time.Time // when every proxy had confirmed
+	out := DrainResult{Instance: r.instance, Waiting: []string{}, Gone: []string{}}
+	for {
+		if confirmed.IsZero() && r.settled() {
+			confirmed = time.Now()
+		}
+		if !confirmed.IsZero() {
+			busy, silent := r.d.XDS.InFlight(confirmed, r.targets...)
+			if len(busy) == 0 && len(silent) == 0 {
+				out.Drained = true
+				break
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-tick.C:
+			continue
+		case <-limit.C:
+			out.TimedOut = true
+		}
+		break
+	}
+	r.finish(&out, confirmed)
+	return nil
+}
+
+// settled says that every connected proxy has confirmed that the instance
+// drains, and that none has just left that may come back.
+func (r *drainer) settled() bool {
+	if p := r.d.progress.Load(); p == nil || p.Acked < r.version {
+		return false
+	}
+	for _, h := range r.holders() {
+		if !h.Connected && time.Since(h.Since) < returnsWithin {
+			return false
+		}
+	}
+	return true
+}
+
+func (r *drainer) holders() []xds.Holder {
+	return r.d.XDS.Holders(envoy.Endpoint, func(name string) bool { return slices.Contains(r.clusters, name) })
+}
+
+// finish names who has not let go.
+func (r *drainer) finish(out *DrainResult, confirmed time.Time) {
+	busy, silent := r.d.XDS.InFlight(confirmed, r.targets...)
+	for _, n := range busy {
+		out.InFlight += n
+	}
+	if out.TimedOut {
+		for _, id := range r.d.XDS.Behind(r.version) {
+			out.Waiting = append(out.Waiting, "proxy "+id+" has not confirmed")
+		}
+		for _, id := range silent {
+			out.Waiting = append(out.Waiting, "proxy "+id+" does not say what it has in flight")
+		}
+	}
+	for _, p := range r.d.XDS.Proxies() {
+		for _, n := range p.Rejected {
+			if n.Type == envoy.Endpoint && slices.Contains(r.clusters, n.Name.Name) {
+				out.Drained = false
+				out.Waiting = append(out.Waiting, fmt.Sprintf("proxy %s refuses the change: %s", p.ID, n.Message))
+			}
+		}
+	}
+	for _, h := range r.holders() {
+		if !h.Connected && !slices.Contains(out.Gone, h.ID) {
+			out.Gone = append(out.Gone, h.ID)
+		}
+	}
+	out.Took = time.Since(r.begun).Seconds()
+	r.outcome = *out
+	close(r.done)
+}
+
+// result waits for the outcome.
+func (r *drainer) result(ctx context.Context) (DrainResult, error) {
+	select {
+	case <-r.done:
+		return r.outcome, nil
+	case <-ctx.Done():
+		return DrainResult{}, ctx.Err()
+	case <-r.d.stopped:
+		return DrainResult{}, errShutdown
+	}
+}
