@@ -13,6 +13,7 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	"github.com/roostmesh/roost/lb"
+	"github.com/roostmesh/roost/xds/envoy"
 )
 
 const (
@@ -82,14 +83,20 @@ type Target struct {
 
 // InFlight says what watched endpoints have in flight at the proxies that
 // report load: busy counts requests and TCP connections by proxy, none where
-// there are none; silent proxies have not reported after since.
+// there are none; silent are the connected proxies whose bootstrap says that
+// they report, and that have not after since: one whose stream broke takes some
+// seconds to open it again.
 func (s *Server) InFlight(since time.Time, targets ...Target) (busy map[string]uint64, silent []string) {
+	able := s.reporters()
 	l := s.loads
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	busy = map[string]uint64{}
-	for id, st := range l.streams {
-		if !st.reported.After(since) {
+	for id := range l.streams {
+		able[id] = true
+	}
+	for id := range able {
+		if st := l.streams[id]; st == nil || !st.reported.After(since) {
 			silent = append(silent, id)
 		}
 		for _, t := range targets {
@@ -100,6 +107,19 @@ func (s *Server) InFlight(since time.Time, targets ...Target) (busy map[string]u
 	}
 	slices.Sort(silent)
 	return busy, silent
+}
+
+// reporters are the connected proxies that say that they can report.
+func (s *Server) reporters() map[string]bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	able := map[string]bool{}
+	for id, st := range s.live {
+		if st.metadata[envoy.MetadataLoad] == "true" {
+			able[id] = true
+		}
+	}
+	return able
 }
 
 // StreamLoadStats implements the load reporting service: one proxy's reports.

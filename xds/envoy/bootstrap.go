@@ -28,6 +28,7 @@ const (
 	MetadataAdmin  = "roost_admin"   // where Envoy's admin interface is: unix:PATH or IP:PORT
 	MetadataFDs    = "roost_fds"     // file descriptors that this Envoy may open
 	MetadataWorker = "roost_workers" // its concurrency
+	MetadataLoad   = "roost_load"    // "true": it reports its load where it is asked to
 )
 
 const (
@@ -99,6 +100,7 @@ func anyAddress(s string) (*corev3.Address, error) {
 
 func node(o BootstrapOptions) *corev3.Node {
 	n := &corev3.Node{Id: o.Identity.String(), Cluster: nodeCluster(o.Identity), Metadata: &structpb.Struct{Fields: map[string]*structpb.Value{}}}
+	n.Metadata.Fields[MetadataLoad] = structpb.NewStringValue("true")
 	for k, v := range o.Metadata {
 		n.Metadata.Fields[k] = structpb.NewStringValue(v)
 	}

@@ -51,6 +51,8 @@ func (r *reconciler) commit(ctx context.Context) ([]events.Event, error) {
 		r.problem("pool_full", f.Owner.String(), "addresses", fmt.Sprintf("has no %s address: %v", f.Pool.Kind, f.Err),
 			fmt.Sprintf("make pool %s larger, or delete services that nobody needs", f.Pool.Name))
 	}
+	// What was freed by this very transaction can be given by the next one.
+	r.dirty = len(facts) > 0 && len(p.refused) > 0
 	return append(p.changes, facts...), nil
 }
 

@@ -184,9 +184,9 @@ func (r *reconciler) build(ctx context.Context) error {
 var errShutdown = errors.New("roost is shutting down")
 
 // tick does what time asks for, and says whether a build has to write something
-// down.
+// down: also what could not be written before.
 func (r *reconciler) tick() bool {
-	due := r.free()
+	due := r.free() || r.dirty
 	marks := r.d.ledger.Marks()
 	for _, key := range append(r.drains.stale(r.d.aggregator.Catalog(), marks), r.spent(marks)...) {
 		r.stage(func(tx *ledger.Tx) { tx.DeleteMark(key) })
