@@ -44,8 +44,9 @@ const (
 )
 
 const (
-	ledgerFile = "ledger.db"
-	catalogDir = "catalog"
+	ledgerFile  = "ledger.db"
+	journalFile = "ledger.journal"
+	catalogDir  = "catalog"
 )
 
 // Daemon is a running Roost.
@@ -58,7 +59,7 @@ type Daemon struct {
 
 	log        *slog.Logger
 	start      *config.Config // what cannot change at run time is read from here
-	store      *ledger.Bolt
+	store      ledger.Store
 	ledger     *ledger.Ledger
 	aggregator *discovery.Aggregator
 	static     *discovery.Static
@@ -103,11 +104,8 @@ func (d *Daemon) open(ctx context.Context, c *config.Config) (err error) {
 	})
 	d.Registry.MustRegister(latency)
 	d.Events = events.New(nil, func(t time.Duration) { latency.Observe(t.Seconds()) })
-	if d.store, err = ledger.OpenBolt(filepath.Join(c.DataDir, ledgerFile)); err != nil {
+	if err := d.openStore(ctx, c); err != nil {
 		return err
-	}
-	if d.ledger, err = ledger.Open(ctx, d.store, nil); err != nil {
-		return fmt.Errorf("ledger %s: %w", filepath.Join(c.DataDir, ledgerFile), err)
 	}
 	if err := d.sources(c); err != nil {
 		return err
@@ -122,6 +120,29 @@ func (d *Daemon) open(ctx context.Context, c *config.Config) (err error) {
 	d.rec = newReconciler(d, time.Now)
 	d.rec.host = hostAddresses(c.Model)
 	d.rec.setConfig(c)
+	return nil
+}
+
+// openStore opens the ledger. A file that is older than it was is brought
+// forwards by its journal.
+func (d *Daemon) openStore(ctx context.Context, c *config.Config) error {
+	path := filepath.Join(c.DataDir, ledgerFile)
+	file, err := ledger.OpenBolt(path)
+	if err != nil {
+		return err
+	}
+	d.store = file
+	journal, err := ledger.NewJournal(file, filepath.Join(c.DataDir, journalFile))
+	if err != nil {
+		return err
+	}
+	d.store = journal
+	if d.ledger, err = ledger.Open(ctx, journal, nil); err != nil {
+		return fmt.Errorf("ledger %s: %w", path, err)
+	}
+	if text := journal.Healed(); text != "" {
+		d.log.Warn("the ledger's file was older than it had been", "file", path, "mended", text)
+	}
 	return nil
 }
 

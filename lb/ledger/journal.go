@@ -1,0 +1,258 @@
+package ledger
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+)
+
+// Journal is a Store beside another one, in a file of its own that lists what was
+// written there. When the other one comes back older than it was (a backup was
+// put in its place) or is gone, the journal brings it forwards again: a
+// generation never goes backwards, and no address that was told is forgotten.
+//
+// The first line is a whole State, each further line a Batch. It is not flushed
+// to the disk by itself: after a power failure the other store knows more, and
+// the journal begins anew from it.
+type Journal struct {
+	Store
+	path    string
+	file    *os.File
+	lines   int // behind the first
+	records int // about as many as the state has
+	healed  string
+}
+
+const (
+	journalFormat = "roost-journal-1"
+	// journalSlack is how many batches a journal may have beyond twice its
+	// records before it begins anew.
+	journalSlack = 1000
+)
+
+type journalHead struct {
+	Format string `json:"format"`
+	State  State  `json:"state"`
+}
+
+// NewJournal puts a journal at path beside a store. A file there that is no
+// journal is refused and left as it is.
+func NewJournal(store Store, path string) (*Journal, error) {
+	info, err := os.Stat(path)
+	if err == nil && !info.Mode().IsRegular() {
+		return nil, fmt.Errorf("journal %s: it is no file: move it away", path)
+	}
+	return &Journal{Store: store, path: path}, nil
+}
+
+// Healed says what the last Load mended; "" is nothing.
+func (j *Journal) Healed() string { return j.healed }
+
+// Load implements Store.
+func (j *Journal) Load(ctx context.Context) (State, error) {
+	state, err := j.Store.Load(ctx)
+	if err != nil {
+		return State{}, err
+	}
+	kept, err := readJournal(j.path)
+	if err != nil {
+		return State{}, err
+	}
+	j.healed = ""
+	if kept.Generation > state.Generation {
+		if err := j.Store.Apply(ctx, difference(state, kept)); err != nil {
+			return State{}, fmt.Errorf("journal %s: the ledger is older than it and cannot be brought forwards: %w", j.path, err)
+		}
+		j.healed = fmt.Sprintf("it was at generation %d, its journal at %d: what came after was written again", state.Generation, kept.Generation)
+		if state, err = j.Store.Load(ctx); err != nil {
+			return State{}, err
+		}
+	}
+	j.restart(state)
+	return state, nil
+}
+
+// restart makes the journal anew. Without room for it the store goes on alone; a
+// journal that knows less than the store changes nothing.
+func (j *Journal) restart(s State) {
+	if err := j.begin(s); err != nil {
+		j.file = nil
+	}
+}
+
+// Apply implements Store: the other store decides, the journal follows. One that
+// cannot be written is given up until the next start: it then knows less.
+func (j *Journal) Apply(ctx context.Context, b Batch) error {
+	if err := j.Store.Apply(ctx, b); err != nil {
+		return err
+	}
+	j.records += len(b.Put) - len(b.Delete)
+	if j.file == nil {
+		return nil
+	}
+	data, err := json.Marshal(b)
+	if err == nil {
+		_, err = j.file.Write(append(data, '\n'))
+	}
+	if err != nil {
+		_ = j.file.Close()
+		_ = os.Remove(j.path) // half a line, or one missing in between, is worse than none
+		j.file = nil
+		return nil
+	}
+	if j.lines++; j.lines > 2*j.records+journalSlack {
+		if state, err := j.Store.Load(ctx); err == nil {
+			j.restart(state)
+		}
+	}
+	return nil
+}
+
+// Close implements Store.
+func (j *Journal) Close() error {
+	var err error
+	if j.file != nil {
+		err = j.file.Close()
+	}
+	return errors.Join(err, j.Store.Close())
+}
+
+// begin makes a journal that has a state and nothing else, in one step.
+func (j *Journal) begin(s State) error {
+	if j.file != nil {
+		_ = j.file.Close()
+		j.file = nil
+	}
+	data, err := json.Marshal(journalHead{journalFormat, s})
+	if err != nil {
+		return err
+	}
+	next, err := os.CreateTemp(filepath.Dir(j.path), ".journal-")
+	if err != nil {
+		return fmt.Errorf("journal %s: %w", j.path, err)
+	}
+	_, err = next.Write(append(data, '\n'))
+	if err == nil {
+		err = os.Rename(next.Name(), j.path)
+	}
+	if err != nil {
+		_ = next.Close()
+		_ = os.Remove(next.Name())
+		return fmt.Errorf("journal %s: %w", j.path, err)
+	}
+	j.file, j.lines, j.records = next, 0, len(s.Records)
+	return nil
+}
+
+// readJournal returns the newest State of a journal; without a file it is empty.
+// A torn end is what a crash leaves.
+func readJournal(path string) (State, error) {
+	data, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) || err == nil && len(data) == 0 {
+		return State{}, nil
+	}
+	if err != nil {
+		return State{}, fmt.Errorf("journal %s: %w", path, err)
+	}
+	lines := bufio.NewReader(bytes.NewReader(data))
+	var head journalHead
+	line, err := lines.ReadBytes('\n')
+	if jerr := json.Unmarshal(line, &head); jerr != nil || head.Format != journalFormat {
+		if err != nil {
+			return State{}, nil // torn within its first line
+		}
+		return State{}, fmt.Errorf("journal %s: it is not a journal of roost's ledger: move it away", path)
+	}
+	s := newReplay(head.State)
+	for {
+		line, err := lines.ReadBytes('\n')
+		var b Batch
+		if err != nil || json.Unmarshal(line, &b) != nil || b.After != s.generation {
+			return s.state(), nil
+		}
+		s.apply(b)
+	}
+}
+
+// replay is a State in the making.
+type replay struct {
+	generation uint64
+	records    map[netip.Addr]Record
+	objects    map[Owner]Object
+	marks      map[MarkKey]Mark
+}
+
+func newReplay(s State) *replay {
+	r := &replay{records: map[netip.Addr]Record{}, objects: map[Owner]Object{}, marks: map[MarkKey]Mark{}}
+	r.apply(Batch{Generation: s.Generation, Put: s.Records, PutObjects: s.Objects, PutMarks: s.Marks})
+	return r
+}
+
+func (r *replay) apply(b Batch) {
+	r.generation = b.Generation
+	for _, a := range b.Delete {
+		delete(r.records, a)
+	}
+	for _, rec := range b.Put {
+		r.records[rec.Address] = rec
+	}
+	for _, o := range b.DelObjects {
+		delete(r.objects, o)
+	}
+	for _, o := range b.PutObjects {
+		r.objects[o.Owner] = o
+	}
+	for _, k := range b.DelMarks {
+		delete(r.marks, k)
+	}
+	for _, m := range b.PutMarks {
+		r.marks[m.Key()] = m
+	}
+}
+
+func (r *replay) state() State {
+	s := State{Generation: r.generation}
+	for _, rec := range r.records {
+		s.Records = append(s.Records, rec)
+	}
+	for _, o := range r.objects {
+		s.Objects = append(s.Objects, o)
+	}
+	for _, m := range r.marks {
+		s.Marks = append(s.Marks, m)
+	}
+	slices.SortFunc(s.Records, func(a, b Record) int { return a.Address.Compare(b.Address) })
+	slices.SortFunc(s.Objects, func(a, b Object) int { return a.Owner.compare(b.Owner) })
+	slices.SortFunc(s.Marks, func(a, b Mark) int { return a.Key().compare(b.Key()) })
+	return s
+}
+
+// difference is the batch that makes one state into another.
+func difference(from, to State) Batch {
+	b := Batch{After: from.Generation, Generation: to.Generation, Put: to.Records, PutObjects: to.Objects, PutMarks: to.Marks}
+	want := newReplay(to)
+	for _, r := range from.Records {
+		if _, ok := want.records[r.Address]; !ok {
+			b.Delete = append(b.Delete, r.Address)
+		}
+	}
+	for _, o := range from.Objects {
+		if _, ok := want.objects[o.Owner]; !ok {
+			b.DelObjects = append(b.DelObjects, o.Owner)
+		}
+	}
+	for _, m := range from.Marks {
+		if _, ok := want.marks[m.Key()]; !ok {
+			b.DelMarks = append(b.DelMarks, m.Key())
+		}
+	}
+	return b
+}
