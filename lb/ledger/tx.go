@@ -27,7 +27,10 @@ const (
 //
 // With a Store that has a Limit a large change becomes a sequence of batches; see
 // Limited.
-func (l *Ledger) Update(ctx context.Context, f func(*Tx) error) error {
+func (l *Ledger) Update(ctx context.Context, f func(*Tx) error) error { return l.update(ctx, 0, f) }
+
+// update is Update with a generation that must be passed.
+func (l *Ledger) update(ctx context.Context, floor uint64, f func(*Tx) error) error {
 	var err error
 	for try := range updateTries {
 		if try > 0 {
@@ -39,7 +42,7 @@ func (l *Ledger) Update(ctx context.Context, f func(*Tx) error) error {
 		if err := f(tx); err != nil {
 			return err
 		}
-		if err = l.write(ctx, tx.batch()); err == nil {
+		if err = l.write(ctx, tx.batch(), floor); err == nil {
 			return nil
 		}
 		if !errors.Is(err, ErrConflict) || errors.Is(err, ErrLost) {
@@ -139,13 +142,14 @@ func (tx *Tx) Bind(wishes []Wish, reason string) (bound []Record, refused []Refu
 	for _, w := range wishes {
 		s := slot{w.Owner, w.Pool.Kind, w.Pool.Prefix.Addr().Is6()}
 		r := tx.slot(s)
+		if r != nil && r.State == Bound {
+			continue
+		}
 		if r == nil {
 			r = tx.l.bySlot[s] // freed in this very transaction: nobody else can have it
 		}
 		var rec Record
 		switch {
-		case r != nil && r.State == Bound:
-			continue
 		case r != nil:
 			rec = *r
 			rec.State, rec.Since, rec.Reason = Bound, tx.now, reason

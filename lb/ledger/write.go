@@ -13,8 +13,7 @@ func (b Batch) empty() bool {
 	return len(b.Put)+len(b.Delete)+len(b.PutObjects)+len(b.DelObjects)+len(b.PutMarks)+len(b.DelMarks) == 0
 }
 
-// stamp sets the generation of the batch and of all that it puts. floor is a
-// generation that must be passed, too.
+// stamp sets the generation of the batch and of all that it puts.
 func (b *Batch) stamp(after, floor uint64) {
 	b.After, b.Generation = after, max(after, floor)+1
 	for n := range b.Put {
@@ -29,11 +28,9 @@ func (b *Batch) stamp(after, floor uint64) {
 }
 
 // write hands a batch to the store, in pieces where that has a limit, and takes
-// over each piece that was written.
-func (l *Ledger) write(ctx context.Context, b Batch) error { return l.writeBeyond(ctx, b, 0) }
-
-func (l *Ledger) writeBeyond(ctx context.Context, b Batch, floor uint64) error {
-	for !b.empty() {
+// over each piece that was written. floor is a generation that must be passed.
+func (l *Ledger) write(ctx context.Context, b Batch, floor uint64) error {
+	for !b.empty() || l.generation.Load() <= floor && floor > 0 {
 		limit := Limit{math.MaxInt, math.MaxInt}
 		limited, ok := l.store.(Limited)
 		if ok {
