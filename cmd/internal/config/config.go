@@ -9,6 +9,9 @@ package config
 
 import (
 	"cmp"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -36,12 +39,51 @@ type Config struct {
 	Log     Log
 	DNS     DNS
 	Consul  *Consul
+	Store   *Store // nil: a file in DataDir
 	// InstancePath is discovery.file.path; "" is none.
 	InstancePath string
 	Quarantine   time.Duration
 	Model        *lb.Config
 	Static       []discovery.Instance // services[].instances
+
+	hash string
 }
+
+// Store is the ledger that replicas share in Consul.
+type Store struct{ Prefix string }
+
+// DefaultNode is where an instance runs that says nothing: on this host; with
+// replicas that share a store, which read the same file, on no host.
+func (c *Config) DefaultNode() string {
+	if c.Store != nil {
+		return ""
+	}
+	return c.Model.Node
+}
+
+// Hash is a short hash of what a Roost is configured to serve. It is the same on
+// hosts that have the same file, whatever their own name, paths and ports.
+func (c *Config) Hash() string { return c.hash }
+
+// sum fills in the hash.
+func (c *Config) sum() error {
+	model := *c.Model
+	model.Node = ""
+	data, err := json.Marshal(struct {
+		Model      *lb.Config
+		Static     []discovery.Instance
+		Quarantine time.Duration
+	}{&model, c.Static, c.Quarantine})
+	if err != nil {
+		return fmt.Errorf("config cannot be compared with that of others: %w", err)
+	}
+	sum := sha256.Sum256(origins.ReplaceAll(data, nil))
+	c.hash = hex.EncodeToString(sum[:8])
+	return nil
+}
+
+// origins are the places in files, which differ from host to host.
+var origins = regexp.MustCompile(`"(Origin|origin)":"[^"]*",?`)
 
 // Admin is where the admin API listens.
 type Admin struct {
@@ -133,7 +175,7 @@ func LoadOn(path string, node func(*Config) string) (*Config, error) {
 	if len(b.errs) > 0 {
 		return nil, inOrder(apart(b.errs, len(errs)), files)
 	}
-	return b.config, nil
+	return b.config, b.config.sum()
 }
 
 // apart leaves out what follows from the first mistakes, those of reading: a

@@ -86,8 +86,11 @@ func (b *builder) general() {
 	b.config.Log = Log{b.oneOf(d.Log.Place, "level", d.Log.Level, "info", "debug", "warn", "error"), b.oneOf(d.Log.Place, "format", d.Log.Format, "text", "json")}
 	a := d.AccessLog
 	m.AccessLog = lb.AccessLog{Format: b.oneOf(a.Place, "format", a.Format, "json", "text", "none"), Proxies: b.oneOf(a.Place, "proxies", a.Proxies, "gateway", "all"), Errors: b.oneOf(a.Place, "errors", a.Errors, "all", "none")}
-	if d.Store.Consul != nil {
-		b.bad(d.Store.Place, "consul", "is not supported yet: run one roost on each host with the same file and Consul as the source; each keeps its ledger in its own data_dir, and addresses are derived alike on all of them")
+	if k := d.Store.Consul; k != nil {
+		if d.Discovery.Consul == nil {
+			b.bad(k.Place, "consul", "needs discovery.consul, whose connection it uses; write discovery: {consul: {}} for the agent on this host")
+		}
+		b.config.Store = &Store{cmp.Or(k.Prefix, "roost/")}
 	}
 }
 
@@ -370,7 +373,7 @@ func (b *builder) instances(key lb.Key, s serviceDoc) {
 		if row.Tenant != "" && row.Tenant != key.Tenant || row.Service != "" && row.Service != key.Service {
 			b.bad(row.Place, "service", "an instance below service %s is of that service", key)
 		}
-		i, errs := row.Instance(key, b.config.Model.Node)
+		i, errs := row.Instance(key, b.config.DefaultNode())
 		b.errs = append(b.errs, errs...)
 		if at, twice := seen[i.QualifiedName()]; twice {
 			b.bad(row.Place, "id", "instance %s is listed twice (first at %s)", i.QualifiedName(), at)

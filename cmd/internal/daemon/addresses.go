@@ -127,10 +127,14 @@ func (r *reconciler) release(tx *ledger.Tx, specs []*lb.ServiceSpec) (gone []led
 	for _, s := range specs {
 		exists[ownerOf(s.Key)] = s
 	}
+	alone := r.d.alone()
+	r.blocked = false
 	for _, rec := range tx.Records() {
 		s := exists[rec.Owner]
 		switch {
 		case rec.State != ledger.Bound:
+		case s == nil && !alone && r.objects[keyOf(rec.Owner)] == nil: // another replica's file may declare it
+			r.blocked = true
 		case s == nil && r.unread[keyOf(rec.Owner)]: // it exists, though its record cannot be read
 		case s == nil:
 			gone = append(gone, tx.Release(rec.Owner, "service deleted", rec.Kind)...)

@@ -26,6 +26,7 @@ import (
 	"github.com/roostmesh/roost/certs"
 	"github.com/roostmesh/roost/cmd/internal/config"
 	"github.com/roostmesh/roost/cmd/internal/events"
+	"github.com/roostmesh/roost/cmd/internal/replicas"
 	"github.com/roostmesh/roost/discovery"
 	"github.com/roostmesh/roost/discovery/consul"
 	"github.com/roostmesh/roost/discovery/file"
@@ -43,11 +44,7 @@ const (
 	SourceConsul = "consul"
 )
 
-const (
-	ledgerFile  = "ledger.db"
-	journalFile = "ledger.journal"
-	catalogDir  = "catalog"
-)
+const catalogDir = "catalog"
 
 // Daemon is a running Roost.
 type Daemon struct {
@@ -60,6 +57,9 @@ type Daemon struct {
 	log        *slog.Logger
 	start      *config.Config // what cannot change at run time is read from here
 	store      ledger.Store
+	shared     *sharedStore    // store, where replicas share it; else nil
+	group      *replicas.Group // those replicas; nil without a shared store
+	outcomes   *outcomes       // of this replica's drains
 	ledger     *ledger.Ledger
 	aggregator *discovery.Aggregator
 	static     *discovery.Static
@@ -69,6 +69,8 @@ type Daemon struct {
 	commands   chan command
 	drainers   sync.WaitGroup // that Run waits for
 	freeAfter  atomic.Pointer[map[netip.Addr]time.Time]
+	builds     atomic.Pointer[[]built] // ledger generations by Snapshot, oldest first
+	cleared    atomic.Uint64           // generation up to which nobody has a quarantined address
 	stopped    chan struct{}
 	xdsOn      []xds.Listener
 	rec        *reconciler // handed to the reconciler's goroutine by Run
@@ -88,7 +90,7 @@ func New(ctx context.Context, c *config.Config, log *slog.Logger) (*Daemon, erro
 	d := &Daemon{
 		Registry: prometheus.NewRegistry(), log: log, start: c, problems: newProblemLog(),
 		reloads: make(chan reload), commands: make(chan command), stopped: make(chan struct{}),
-		files: certs.NewFiles(log, nil), static: discovery.NewStatic(SourceConfig, c.Static),
+		files: certs.NewFiles(log, nil), outcomes: newOutcomes(), static: discovery.NewStatic(SourceConfig, c.Static),
 	}
 	if err := d.open(ctx, c); err != nil {
 		d.Close()
@@ -107,6 +109,9 @@ func (d *Daemon) open(ctx context.Context, c *config.Config) (err error) {
 	if err := d.openStore(ctx, c); err != nil {
 		return err
 	}
+	if d.shared != nil {
+		d.group = replicas.New(replicas.Config{Store: d.shared, Name: c.Model.Node, Self: d.self, Log: d.log})
+	}
 	if err := d.sources(c); err != nil {
 		return err
 	}
@@ -123,33 +128,10 @@ func (d *Daemon) open(ctx context.Context, c *config.Config) (err error) {
 	return nil
 }
 
-// openStore opens the ledger. A file that is older than it was is brought
-// forwards by its journal.
-func (d *Daemon) openStore(ctx context.Context, c *config.Config) error {
-	path := filepath.Join(c.DataDir, ledgerFile)
-	file, err := ledger.OpenBolt(path)
-	if err != nil {
-		return err
-	}
-	d.store = file
-	journal, err := ledger.NewJournal(file, filepath.Join(c.DataDir, journalFile))
-	if err != nil {
-		return err
-	}
-	d.store = journal
-	if d.ledger, err = ledger.Open(ctx, journal, nil); err != nil {
-		return fmt.Errorf("ledger %s: %w", path, err)
-	}
-	if text := journal.Healed(); text != "" {
-		d.log.Warn("the ledger's file was older than it had been", "file", path, "mended", text)
-	}
-	return nil
-}
-
 func (d *Daemon) sources(c *config.Config) error {
 	cfg := discovery.Config{Sources: []discovery.Source{d.static}, Log: d.log, Dir: filepath.Join(c.DataDir, catalogDir)}
 	if c.InstancePath != "" {
-		cfg.Sources = append(cfg.Sources, file.New(file.Config{Name: SourceFile, Path: c.InstancePath, Node: c.Model.Node, Log: d.log}))
+		cfg.Sources = append(cfg.Sources, file.New(file.Config{Name: SourceFile, Path: c.InstancePath, Node: c.DefaultNode(), Log: d.log}))
 	}
 	if k := c.Consul; k != nil {
 		cc := consulConfig(k)
@@ -237,6 +219,12 @@ func (d *Daemon) Run(ctx context.Context) error {
 	group.Go(func() error { return d.files.Run(ctx) })
 	group.Go(func() error { return d.rec.run(ctx) })
 	group.Go(func() error { return d.watchConfig(ctx) })
+	if d.shared != nil {
+		group.Go(func() error { return d.shared.Run(ctx) })
+		group.Go(func() error { return d.group.Run(ctx) })
+		group.Go(func() error { return d.followStore(ctx) })
+		group.Go(func() error { return d.rememberStore(ctx) })
+	}
 	err := group.Wait()
 	d.drainers.Wait()
 	if errors.Is(err, context.Canceled) {
@@ -303,8 +291,12 @@ func (d *Daemon) admit(id lb.Identity) (lb.Identity, error) {
 }
 
 func (d *Daemon) onProgress(p xds.Progress) {
+	before := d.acked()
 	d.progress.Store(&p)
 	d.Events.Progress(p.Pushed, p.Acked)
+	if d.group != nil && d.acked() != before {
+		d.group.Poke()
+	}
 }
 
 // observeProgress fills receipts of changes that concerned no proxy.

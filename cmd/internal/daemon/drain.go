@@ -165,6 +165,10 @@ func (d *drains) follow(ctx context.Context, s *lb.Snapshot) {
 			delete(d.running, name)
 		}
 	}
+	for _, m := range d.d.ledger.Marks() {
+		draining[m.Name] = draining[m.Name] || m.Kind == ledger.MarkDrain
+	}
+	d.d.outcomes.keep(draining)
 }
 
 func hasMaintenance(s *lb.Service) bool {
@@ -172,25 +176,25 @@ func hasMaintenance(s *lb.Service) bool {
 }
 
 func (d *drains) start(ctx context.Context, s *lb.Snapshot, svc *lb.Service, e *lb.Endpoint) *drainer {
-	timeout, marked := svc.Spec.DrainTime(), false
+	timeout, mark := svc.Spec.DrainTime(), uint64(0)
 	for _, m := range d.d.ledger.Marks() {
 		if m.Kind != ledger.MarkDrain || m.Name != e.Instance.QualifiedName() {
 			continue
 		}
 		if w, err := wishOf(m); err == nil {
-			marked, timeout = true, time.Duration(w.Timeout*float64(time.Second))
+			mark, timeout = m.Generation, time.Duration(w.Timeout*float64(time.Second))
 		}
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	r := newDrainer(d.d, s.Version, svc, e, timeout)
-	r.cancel = cancel
+	r.cancel, r.mark = cancel, mark
 	d.d.drainers.Go(func() {
 		defer cancel()
 		if r.run(ctx) != nil {
 			return
 		}
 		_ = d.d.do(ctx, func(rec *reconciler) error { // when Roost stops, its next start goes on
-			rec.drained(e.Instance, marked)
+			rec.drained(e.Instance, mark > 0)
 			return nil
 		})
 	})

@@ -17,6 +17,9 @@ const (
 	// returnsWithin is how long a drain waits for a proxy that has just lost its
 	// stream; one that is gone for longer is only named.
 	returnsWithin = 2 * time.Second
+	// replicaGrace is how much longer than a drain's time the other replicas are
+	// waited for.
+	replicaGrace = 2 * time.Second
 )
 
 // DrainResult is what a drain came to.
@@ -38,6 +41,7 @@ type drainer struct {
 	clusters []string
 	targets  []xds.Target
 	timeout  time.Duration
+	mark     uint64 // its generation in the store; 0: no other replica drains it
 	begun    time.Time
 	cancel   context.CancelFunc
 	done     chan struct{} // closed when outcome is set
@@ -61,40 +65,92 @@ func newDrainer(d *Daemon, version uint64, s *lb.Service, e *lb.Endpoint, timeou
 	return r
 }
 
-// run returns when nothing holds the instance any more or its time is over, with
-// an error only when ctx ends before.
+// run returns when nothing holds the instance any more, on any replica, or its
+// time is over; with an error only when ctx ends before.
 func (r *drainer) run(ctx context.Context) error {
 	stop := r.d.XDS.WatchLoad(r.clusters...)
 	defer stop()
-	limit := time.NewTimer(r.timeout)
-	defer limit.Stop()
-	tick := time.NewTicker(drainPoll)
-	defer tick.Stop()
-	var confirmed time.Time // when every proxy had confirmed
 	out := DrainResult{Instance: r.instance, Waiting: []string{}, Gone: []string{}}
-	for {
+	limit := r.begun.Add(r.timeout)
+	var confirmed time.Time // when every proxy had confirmed
+	late, err := r.poll(ctx, limit, func() bool {
 		if confirmed.IsZero() && r.settled() {
 			confirmed = time.Now()
 		}
-		if !confirmed.IsZero() {
-			busy, silent := r.d.XDS.InFlight(confirmed, r.targets...)
-			if len(busy) == 0 && len(silent) == 0 {
-				out.Drained = true
-				break
-			}
+		return !confirmed.IsZero() && r.quiet(confirmed)
+	})
+	if err != nil {
+		return err
+	}
+	out.Drained, out.TimedOut = !late, late
+	r.findings(&out, confirmed)
+	r.d.outcomes.set(r.instance, outcome{r.mark, true, out.InFlight, out.Waiting, out.Gone})
+	if r.d.group != nil && r.mark > 0 {
+		r.d.group.Poke()
+		if late, err = r.poll(ctx, limit.Add(replicaGrace), func() bool { return len(r.silentReplicas()) == 0 }); err != nil {
+			return err
 		}
+		r.others(&out, late)
+	}
+	out.Took = time.Since(r.begun).Seconds()
+	r.outcome = out
+	close(r.done)
+	return nil
+}
+
+// poll waits until ok, or reports that it was not before the limit.
+func (r *drainer) poll(ctx context.Context, limit time.Time, ok func() bool) (late bool, err error) {
+	timer := time.NewTimer(time.Until(limit))
+	defer timer.Stop()
+	tick := time.NewTicker(drainPoll)
+	defer tick.Stop()
+	for !ok() {
 		select {
 		case <-ctx.Done():
-			return ctx.Err()
+			return false, ctx.Err()
+		case <-timer.C:
+			return true, nil
 		case <-tick.C:
-			continue
-		case <-limit.C:
-			out.TimedOut = true
 		}
-		break
 	}
-	r.finish(&out, confirmed)
-	return nil
+	return false, nil
+}
+
+// quiet says that every proxy has reported since, and has nothing in flight.
+func (r *drainer) quiet(since time.Time) bool {
+	busy, silent := r.d.XDS.InFlight(since, r.targets...)
+	return len(busy) == 0 && len(silent) == 0
+}
+
+// silentReplicas are those that have not said yet that they are through.
+func (r *drainer) silentReplicas() (names []string) {
+	list, _ := r.d.group.Others()
+	for _, o := range list {
+		if _, done := outcomeOf(o, r.instance, r.mark); !done {
+			names = append(names, o.Name)
+		}
+	}
+	return names
+}
+
+// others adds what the other replicas say.
+func (r *drainer) others(out *DrainResult, late bool) {
+	list, _ := r.d.group.Others()
+	for _, o := range list {
+		said, done := outcomeOf(o, r.instance, r.mark)
+		if !done {
+			out.Drained = false
+			out.Waiting = append(out.Waiting, "replica "+o.Name+" has not confirmed")
+			continue
+		}
+		out.InFlight += said.InFlight
+		out.Waiting = append(out.Waiting, said.Waiting...)
+		out.Gone = append(out.Gone, said.Gone...)
+		if said.InFlight > 0 || len(said.Waiting) > 0 {
+			out.Drained, out.TimedOut = false, true
+		}
+	}
+	out.TimedOut = out.TimedOut || late
 }
 
 // settled says that every connected proxy has confirmed that the instance
@@ -115,8 +171,8 @@ func (r *drainer) holders() []xds.Holder {
 	return r.d.XDS.Holders(envoy.Endpoint, func(name string) bool { return slices.Contains(r.clusters, name) })
 }
 
-// finish names who has not let go.
-func (r *drainer) finish(out *DrainResult, confirmed time.Time) {
+// findings names who of this replica's proxies has not let go.
+func (r *drainer) findings(out *DrainResult, confirmed time.Time) {
 	busy, silent := r.d.XDS.InFlight(confirmed, r.targets...)
 	for _, n := range busy {
 		out.InFlight += n
@@ -142,9 +198,6 @@ func (r *drainer) finish(out *DrainResult, confirmed time.Time) {
 			out.Gone = append(out.Gone, h.ID)
 		}
 	}
-	out.Took = time.Since(r.begun).Seconds()
-	r.outcome = *out
-	close(r.done)
 }
 
 // result waits for the outcome.

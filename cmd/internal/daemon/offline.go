@@ -37,7 +37,7 @@ func Offline(c *config.Config) (*lb.Snapshot, certs.Pairs, error) {
 		if err != nil {
 			return nil, nil, err
 		}
-		more, _, err := file.Parse(path, data, c.Model.Node)
+		more, _, err := file.Parse(path, data, c.DefaultNode())
 		if err != nil {
 			return nil, nil, err
 		}

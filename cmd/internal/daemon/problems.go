@@ -64,6 +64,7 @@ func (d *Daemon) Problems() []lb.Problem {
 		}
 		all = append(all, out)
 	}
+	all = append(all, d.replicaProblems()...)
 	if r := d.refused.Load(); r != nil {
 		all = append(all, r.problems...)
 	}

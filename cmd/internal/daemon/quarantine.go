@@ -178,7 +178,13 @@ func (r *reconciler) publishFree() {
 // whether a build has to write that down.
 func (r *reconciler) free() bool {
 	due := r.quarantine.due(func(wanted func(string) bool) []xds.Holder { return r.d.XDS.Holders(envoy.Listener, wanted) })
+	r.clear(due)
+	staged := false
 	for _, rec := range due {
+		if !r.d.othersCleared(rec.Generation, r.quarantine.forget) {
+			continue
+		}
+		staged = true
 		r.stage(func(tx *ledger.Tx) {
 			if now, ok := tx.Lookup(rec.Owner, rec.Kind, rec.Address.Is6()); ok && now.Address == rec.Address && now.Generation == rec.Generation {
 				tx.Free(rec.Address)
@@ -186,5 +192,5 @@ func (r *reconciler) free() bool {
 		})
 		r.stagedEvents = append(r.stagedEvents, addressEvent(events.AddressFreed, rec, "nobody has it any more"))
 	}
-	return len(due) > 0
+	return staged
 }

@@ -34,6 +34,7 @@ type reconciler struct {
 	config  *config.Config
 	objects map[lb.Key]*object
 	unread  map[lb.Key]bool // recorded, and not understood: a newer Roost's
+	blocked bool            // services that are gone keep their address until the replicas agree
 	host    []netip.Addr
 	// declared are the file's services by key, rebuilt with the config.
 	declared map[lb.Key]*lb.ServiceSpec
@@ -57,6 +58,15 @@ type reconciler struct {
 	warned     bool                  // a ledger that cannot be written has been logged
 }
 
+// replicasChanged is poked when the other replicas say something new; without
+// any it never is.
+func (r *reconciler) replicasChanged() <-chan struct{} {
+	if r.d.group == nil {
+		return nil
+	}
+	return r.d.group.Changed()
+}
+
 func newReconciler(d *Daemon, now func() time.Time) *reconciler {
 	return &reconciler{d: d, now: now, departures: newDepartures(now), quarantine: newQuarantine(now), drains: newDrains(d, now), released: map[string]releasedAt{}}
 }
@@ -73,6 +83,11 @@ func (r *reconciler) run(ctx context.Context) error {
 			return nil
 		case <-r.d.aggregator.Changed():
 		case <-r.d.files.Changed():
+		case <-r.replicasChanged():
+			// What waited for them may go on.
+			if r.dirty = r.dirty || r.blocked; !r.dirty {
+				continue
+			}
 		case c := <-r.d.reloads:
 			r.reload(c)
 		case c := <-r.d.commands:
@@ -175,6 +190,7 @@ func (r *reconciler) build(ctx context.Context) error {
 		r.world, r.served = world, true
 		r.d.world.Store(world)
 	}
+	r.d.note(snapshot.Version)
 	r.d.observeProgress()
 	r.drains.follow(ctx, snapshot)
 	return err

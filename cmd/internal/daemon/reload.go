@@ -142,6 +142,7 @@ func keepFixed(start, c *config.Config) []lb.Problem {
 	keep("xds", start.XDS, c.XDS, func() { c.XDS = start.XDS })
 	keep("dns.addresses", start.DNS.Listen, c.DNS.Listen, func() { c.DNS.Listen = start.DNS.Listen })
 	keep("dns.forward", start.DNS.Forward, c.DNS.Forward, func() { c.DNS.Forward = start.DNS.Forward })
+	keep("store.consul", start.Store, c.Store, func() { c.Store = start.Store })
 	keep("discovery.consul", start.Consul, c.Consul, func() { c.Consul = start.Consul })
 	keep("discovery.file", start.InstancePath, c.InstancePath, func() { c.InstancePath = start.InstancePath })
 	keep("log", start.Log, c.Log, func() { c.Log = start.Log })
