@@ -100,7 +100,7 @@ type poolKey struct {
 }
 
 func newTx(l *Ledger) *Tx {
-	return &Tx{l: l, now: l.now(), records: map[netip.Addr]*Record{}, slots: map[slot]*Record{}, objects: map[Owner]*Object{}, marks: map[MarkKey]*Mark{}, full: map[poolKey]error{}}
+	return &Tx{l: l, now: l.now().UTC().Round(0), records: map[netip.Addr]*Record{}, slots: map[slot]*Record{}, objects: map[Owner]*Object{}, marks: map[MarkKey]*Mark{}, full: map[poolKey]error{}}
 }
 
 func (tx *Tx) put(r Record) { tx.records[r.Address], tx.slots[slotOf(r)] = &r, &r }

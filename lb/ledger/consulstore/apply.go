@@ -91,8 +91,9 @@ func (s *Store) plan(b ledger.Batch, session string) (*plan, error) {
 	if err := p.put(generationKey, head, nil); err != nil {
 		return nil, err
 	}
-	if _, ok := s.entries[formatKey]; !ok {
-		p.set(formatKey, []byte(format), nil)
+	_, old := s.entries[formatKey]
+	p.set(formatKey, []byte(format), nil)
+	if !old {
 		p.op(api.KVCheckNotExists, restoringKey, nil, 0)
 	}
 	for _, a := range b.Delete {
