@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
 	"pgregory.net/rapid"
 )
 
@@ -100,6 +101,83 @@ func TestPoolFullNamesThePool(t *testing.T) {
 			t.Fatalf("excluded address was given: %+v", r)
 		}
 	}
+}
+
+// TestMemoryIsWhatTheStoreHas drives two ledgers of one store at random, Free
+// and marks included: what each shows is what is written, whoever was first, and
+// an address has left quarantine before it changes hands.
+func TestMemoryIsWhatTheStoreHas(t *testing.T) {
+	dir := t.TempDir()
+	rapid.Check(t, func(rt *rapid.T) {
+		ctx := context.Background()
+		path := filepath.Join(dir, "rapid.db")
+		_ = os.Remove(path)
+		l, b := open(rt, path)
+		defer func() { _ = b.Close() }()
+		other, err := Open(ctx, b, nil)
+		if err != nil {
+			rt.Fatalf("%v", err)
+		}
+		both, p, held := []*Ledger{l, other}, pool("127.128.0.0/29"), map[netip.Addr]Owner{}
+		for range rapid.IntRange(1, 30).Draw(rt, "steps") {
+			who := both[rapid.IntRange(0, 1).Draw(rt, "ledger")]
+			type op struct{ kind, service int }
+			ops := rapid.SliceOfN(rapid.Custom(func(rt *rapid.T) op {
+				return op{rapid.IntRange(0, 5).Draw(rt, "kind"), rapid.IntRange(0, 9).Draw(rt, "service")}
+			}), 1, 5).Draw(rt, "ops")
+			freed := map[netip.Addr]bool{}
+			err := who.Update(ctx, func(tx *Tx) error {
+				clear(freed)
+				for _, op := range ops {
+					o := crashName(op.service)
+					switch op.kind {
+					case 0, 1:
+						tx.Bind([]Wish{{o, p}}, "test")
+					case 2:
+						tx.Release(o, "test")
+					case 3:
+						if r, ok := tx.Lookup(o, Internal, false); ok && tx.Free(r.Address) {
+							freed[r.Address] = true
+						}
+					case 4:
+						tx.PutMark(Mark{Kind: MarkDrain, Name: o.Service})
+						tx.PutObject(Object{Owner: o, Origin: o.Service})
+					default:
+						tx.DeleteMark(MarkKey{MarkDrain, o.Service})
+						tx.DeleteObject(o)
+					}
+				}
+				return nil
+			})
+			if err != nil {
+				rt.Fatalf("%v", err)
+			}
+			written, err := Open(ctx, b, nil)
+			if err != nil {
+				rt.Fatalf("%v", err)
+			}
+			// One that changed nothing may not have heard of the other yet.
+			if _, err := who.Adopt(written.State()); err != nil {
+				rt.Fatalf("%v", err)
+			}
+			if d := cmp.Diff(written.State(), who.State(), exact); d != "" {
+				rt.Fatalf("%s", d)
+			}
+			now := map[netip.Addr]Owner{}
+			for _, r := range who.Records() {
+				now[r.Address] = r.Owner
+				if was, ok := held[r.Address]; ok && was != r.Owner {
+					rt.Fatalf("%s went from %s to %s", r.Address, was, r.Owner)
+				}
+			}
+			for a := range held {
+				if _, ok := now[a]; !ok && !freed[a] {
+					rt.Fatalf("%s is gone and was not freed", a)
+				}
+			}
+			held = now
+		}
+	})
 }
 
 func TestSecondProcessIsRefused(t *testing.T) {

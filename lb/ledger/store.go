@@ -47,7 +47,8 @@ type Shared interface {
 	// ErrLocked when another living replica has the name.
 	Announce(ctx context.Context, r Replica) error
 	// Replicas lists those that live, by name, as soon as the list's index is
-	// other than index, which is 0 for the list of now.
+	// other than index. 0 is for the list of now, also after an error: a store
+	// that came back may count from the start.
 	Replicas(ctx context.Context, index uint64) ([]Replica, uint64, error)
 }
 

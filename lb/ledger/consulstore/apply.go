@@ -39,8 +39,6 @@ func (s *Store) Limit() ledger.Limit {
 // error the batch may have been written all the same, when only the answer was
 // lost: the next Apply then meets ErrConflict.
 func (s *Store) Apply(ctx context.Context, b ledger.Batch) error {
-	ctx, cancel := context.WithTimeout(ctx, answerWithin)
-	defer cancel()
 	session, err := s.ensure(ctx)
 	if err != nil {
 		return err
@@ -206,6 +204,8 @@ func (p *plan) del(key string) {
 // transact runs operations of which the first checks the session, and returns
 // the keys' new indexes.
 func (s *Store) transact(ctx context.Context, session string, ops api.TxnOps) (map[string]uint64, error) {
+	ctx, cancel := context.WithTimeout(ctx, answerWithin)
+	defer cancel()
 	o := (&api.QueryOptions{Token: s.token()}).WithContext(ctx)
 	ok, answer, _, err := s.client.Txn().Txn(ops, o)
 	if err != nil {

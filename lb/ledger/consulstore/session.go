@@ -30,8 +30,6 @@ type replica struct {
 // Announce tells the others of this replica; see ledger.Shared. Its name is that
 // of the Config.
 func (s *Store) Announce(ctx context.Context, r ledger.Replica) error {
-	ctx, cancel := context.WithTimeout(ctx, answerWithin)
-	defer cancel()
 	r.Name = s.config.Name
 	s.mu.Lock()
 	if r.Since.IsZero() {
@@ -64,6 +62,8 @@ func (s *Store) ensure(ctx context.Context) (string, error) {
 	if session != "" {
 		return session, nil
 	}
+	ctx, cancel := context.WithTimeout(ctx, answerWithin)
+	defer cancel()
 	session, _, err := s.client.Session().CreateNoChecks(&api.SessionEntry{
 		Name: "roost " + s.config.Name, LockDelay: lockDelay, Behavior: api.SessionBehaviorDelete, TTL: s.config.TTL.String(),
 	}, s.write(ctx))
@@ -135,6 +135,8 @@ func (s *Store) lock(ctx context.Context, session string) error {
 	if err != nil {
 		return s.fail(key, err)
 	}
+	ctx, cancel := context.WithTimeout(ctx, answerWithin)
+	defer cancel()
 	op := &api.KVTxnOp{Verb: api.KVLock, Key: s.config.Prefix + key, Value: data, Session: session}
 	o := (&api.QueryOptions{Token: s.token()}).WithContext(ctx)
 	ok, answer, _, err := s.client.Txn().Txn(api.TxnOps{{KV: op}}, o)
