@@ -258,7 +258,9 @@ type Refused struct {
 	Err error // wraps ErrPoolFull
 }
 
-// Bind is Tx.Bind in an Update of its own.
+// Bind is Tx.Bind in an Update of its own. Where a lost race made the Update begin
+// again, bound lists what its last run gave: a part of a split change that was
+// already written is not in it.
 func (l *Ledger) Bind(ctx context.Context, wishes []Wish, reason string) (bound []Record, refused []Refused, err error) {
 	err = l.Update(ctx, func(tx *Tx) error {
 		bound, refused = tx.Bind(wishes, reason)

@@ -19,6 +19,8 @@ func pool(cidr string) Pool {
 	return Pool{Name: cidr, Kind: Internal, Prefix: netip.MustParsePrefix(cidr)}
 }
 
+func crashName(n int) Owner { return Owner{"t", fmt.Sprint("s", n)} }
+
 func open(t interface {
 	Helper()
 	Fatalf(string, ...any)

@@ -7,6 +7,8 @@ import (
 	"path/filepath"
 	"testing"
 
+	"golang.org/x/sync/errgroup"
+
 	"github.com/roostmesh/roost/lb/ledger"
 )
 
@@ -24,7 +26,7 @@ func TestPermissionDenied(t *testing.T) {
 		{`key_prefix "" { policy = "write" } session_prefix "" { policy = "read" }`, true},
 	} {
 		file := filepath.Join(t.TempDir(), "token")
-		if err := os.WriteFile(file, []byte(a.token(t, fmt.Sprint("p", n), c.rules)+"\n"), 0o600); err != nil {
+		if err := os.WriteFile(file, []byte(a.token(t, fmt.Sprint(prefix[:len(prefix)-1], "-", n), c.rules)+"\n"), 0o600); err != nil {
 			t.Fatal(err)
 		}
 		s := a.store(t, prefix, fmt.Sprint("bad", n), func(c *Config) { c.TokenFile = file })
@@ -230,6 +232,7 @@ func TestHalfARestorationIsNoLedger(t *testing.T) {
 // TestConsulRestarts with its data: all goes on. And without: what is in memory
 // is written again.
 func TestConsulRestarts(t *testing.T) {
+	t.Parallel() // it waits most of the time
 	a := newAgent(t, t.TempDir())
 	defer a.stop()
 	prefix := newPrefix()
@@ -264,9 +267,17 @@ func TestConsulRestarts(t *testing.T) {
 	_, _, err = l.Bind(t.Context(), []ledger.Wish{wish(owner(21), "127.130.0.0/16")}, "test")
 	wantErr(t, "a write after a wipe", err, ledger.ErrLost, a, prefix)
 	before := l.State()
-	until(t, "restored", func() error { return l.Restore(t.Context()) })
+	// Both find out, and both repair; one of them is first.
+	var g errgroup.Group
+	for _, each := range []*ledger.Ledger{l, other} {
+		g.Go(func() error { return eventually(func() error { return each.Restore(t.Context()) }) })
+	}
+	if err := g.Wait(); err != nil {
+		t.Fatal(err)
+	}
 	before.Generation = l.Generation()
 	same(t, "restored", before, load(t, late))
+	same(t, "restored", before, other.State())
 	bind(t, l, owner(21))
 	agree(t, []*ledger.Ledger{l, other}, late)
 }

@@ -125,16 +125,22 @@ func freePorts(t *testing.T, n int) (ports []any) {
 
 func (a *agent) start(t *testing.T) {
 	t.Helper()
-	cmd := exec.Command(a.program, "agent", "-config-file", a.file, "-log-level", "error")
-	cmd.Stdout, cmd.Stderr = a.log, a.log
-	var err error
-	if a.process, err = binaries.Start(cmd); err != nil {
-		t.Fatal(err)
+	launch := func() {
+		cmd := exec.Command(a.program, "agent", "-config-file", a.file, "-log-level", "error")
+		cmd.Stdout, cmd.Stderr = a.log, a.log
+		var err error
+		if a.process, err = binaries.Start(cmd); err != nil {
+			t.Fatal(err)
+		}
 	}
+	launch()
 	until(t, "consul takes writes", func() error {
 		select {
 		case <-a.process.Done():
-			t.Fatalf("consul ended: %s\n%s", a.process.Ending(), a.log)
+			// A connection of somebody's may have taken one of its ports for a moment.
+			ending := a.process.Ending()
+			launch()
+			return fmt.Errorf("consul ended: %s: %s", ending, a.log)
 		default:
 		}
 		// A session needs the node to be registered.
@@ -155,6 +161,13 @@ func (a *agent) stop() {
 
 func until(t *testing.T, what string, f func() error) {
 	t.Helper()
+	if err := eventually(f); err != nil {
+		t.Fatalf("%s: not within %s: %v", what, patience, err)
+	}
+}
+
+// eventually calls f until it succeeds or patience ends.
+func eventually(f func() error) error {
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	tick := time.NewTicker(20 * time.Millisecond)
@@ -162,11 +175,11 @@ func until(t *testing.T, what string, f func() error) {
 	for {
 		err := f()
 		if err == nil {
-			return
+			return nil
 		}
 		select {
 		case <-ctx.Done():
-			t.Fatalf("%s: not within %s: %v", what, patience, err)
+			return err
 		case <-tick.C:
 		}
 	}

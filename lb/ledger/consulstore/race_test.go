@@ -1,7 +1,6 @@
 package consulstore
 
 import (
-	"bufio"
 	"context"
 	"encoding/json"
 	"errors"
@@ -23,6 +22,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"github.com/roostmesh/roost/cmd/binaries"
 	"github.com/roostmesh/roost/lb/ledger"
 )
 
@@ -120,6 +120,7 @@ func TestFortyStoresAndATinyPool(t *testing.T) {
 // TestAStoppedReplicaWritesNothing: its process is stopped for longer than its
 // session lives, and goes on.
 func TestAStoppedReplicaWritesNothing(t *testing.T) {
+	t.Parallel() // it waits most of the time
 	a, prefix := consul(t), newPrefix()
 	self, err := os.Executable()
 	if err != nil {
@@ -127,21 +128,20 @@ func TestAStoppedReplicaWritesNothing(t *testing.T) {
 	}
 	cmd := exec.Command(self, "http://"+a.address, prefix)
 	cmd.Env = append(os.Environ(), helperEnv+"=1")
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	var problem strings.Builder
-	cmd.Stderr = &problem
-	out, err := cmd.StdoutPipe()
+	out, problem := &binaries.Log{}, &binaries.Log{}
+	cmd.Stdout, cmd.Stderr = out, problem
+	child, err := binaries.Start(cmd)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	lines := bufio.NewReader(out)
-	if line, err := lines.ReadString('\n'); err != nil || line != "1\n" {
-		t.Fatalf("%q %v: %s", line, err, &problem)
-	}
-	if err := cmd.Process.Signal(syscall.SIGSTOP); err != nil {
+	t.Cleanup(func() { child.Stop(0) })
+	until(t, "the child writes", func() error {
+		if !strings.HasPrefix(out.String(), "1\n") {
+			return fmt.Errorf("%q %s", out, problem)
+		}
+		return nil
+	})
+	if err := child.Signal(syscall.SIGSTOP); err != nil {
 		t.Fatal(err)
 	}
 	until(t, "the session has ended", func() error {
@@ -152,12 +152,12 @@ func TestAStoppedReplicaWritesNothing(t *testing.T) {
 		return err
 	})
 	before := a.get(t, prefix+"generation")
-	if err := cmd.Process.Signal(syscall.SIGCONT); err != nil {
+	if err := child.Signal(syscall.SIGCONT); err != nil {
 		t.Fatal(err)
 	}
-	rest, err := io.ReadAll(lines)
-	if err := errors.Join(err, cmd.Wait()); err != nil || !strings.HasSuffix(string(rest), "refused\n") {
-		t.Errorf("%q %v: %s", rest, err, &problem)
+	<-child.Done()
+	if !strings.HasSuffix(out.String(), "refused\n") || child.Ending() != "exit status 0" {
+		t.Errorf("%q, %s: %s", out, child.Ending(), problem)
 	}
 	if after := a.get(t, prefix+"generation"); after != before {
 		t.Errorf("generation %s, then %s", before, after)

@@ -94,6 +94,7 @@ func TestANameIsForOneReplica(t *testing.T) {
 
 // TestRunKeepsTheSession longer than its TTL, and makes a new one of a lost one.
 func TestRunKeepsTheSession(t *testing.T) {
+	t.Parallel() // it waits most of the time
 	a, prefix := consul(t), newPrefix()
 	s := a.store(t, prefix, "one", func(c *Config) { c.TTL = 1500 * time.Millisecond })
 	if err := s.Announce(t.Context(), ledger.Replica{Config: "abc"}); err != nil {

@@ -26,8 +26,6 @@ const (
 	freeFrom = 9 // and frees its address
 )
 
-func crashName(n int) Owner { return Owner{"t", fmt.Sprint("s", n)} }
-
 // change is one change of makeChanges: number n touches records, objects and
 // marks at once.
 func change(ctx context.Context, l *Ledger, n int) (netip.Addr, error) {
