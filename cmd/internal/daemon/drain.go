@@ -144,12 +144,11 @@ func (d *drains) follow(ctx context.Context, s *lb.Snapshot) {
 	draining := map[string]bool{}
 	begin := func(svc *lb.Service) {
 		for _, e := range svc.Endpoints {
-			if e.Drain != lb.Draining {
-				continue
-			}
 			name := e.Instance.QualifiedName()
-			draining[name] = true
-			if d.running[name] == nil {
+			// Another replica may say first that it is over: this one's drainer then
+			// ends by itself, and says what it has found.
+			draining[name] = e.Drain != lb.NotDraining
+			if e.Drain == lb.Draining && d.running[name] == nil {
 				d.running[name] = d.start(ctx, s, svc, e)
 			}
 		}

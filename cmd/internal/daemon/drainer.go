@@ -44,7 +44,8 @@ type drainer struct {
 	mark     uint64 // its generation in the store; 0: no other replica drains it
 	begun    time.Time
 	cancel   context.CancelFunc
-	done     chan struct{} // closed when outcome is set
+	done     chan struct{} // closed at the end; outcome is set where err is nil
+	err      error
 	outcome  DrainResult
 }
 
@@ -67,7 +68,11 @@ func newDrainer(d *Daemon, version uint64, s *lb.Service, e *lb.Endpoint, timeou
 
 // run returns when nothing holds the instance any more, on any replica, or its
 // time is over; with an error only when ctx ends before.
-func (r *drainer) run(ctx context.Context) error {
+func (r *drainer) run(ctx context.Context) (err error) {
+	defer func() {
+		r.err = err
+		close(r.done)
+	}()
 	stop := r.d.XDS.WatchLoad(r.clusters...)
 	defer stop()
 	out := DrainResult{Instance: r.instance, Waiting: []string{}, Gone: []string{}}
@@ -94,7 +99,6 @@ func (r *drainer) run(ctx context.Context) error {
 	}
 	out.Took = time.Since(r.begun).Seconds()
 	r.outcome = out
-	close(r.done)
 	return nil
 }
 
@@ -204,6 +208,9 @@ func (r *drainer) findings(out *DrainResult, confirmed time.Time) {
 func (r *drainer) result(ctx context.Context) (DrainResult, error) {
 	select {
 	case <-r.done:
+		if r.err != nil {
+			return DrainResult{}, fmt.Errorf("%w any more: it was put back into service, or it has left", ErrNotDraining)
+		}
 		return r.outcome, nil
 	case <-ctx.Done():
 		return DrainResult{}, ctx.Err()

@@ -51,5 +51,5 @@ func outcomeOf(o replicas.Other, instance string, generation uint64) (out outcom
 		return outcome{}, false
 	}
 	out, ok := by[instance]
-	return out, ok && out.Done && out.Generation >= generation && o.Acked >= generation
+	return out, ok && out.Done && out.Generation >= generation
 }
