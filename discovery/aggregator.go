@@ -40,9 +40,11 @@ const (
 	defaultProbeEvery = 2 * time.Second
 	probeTimeout      = time.Second
 	deadAfterProbes   = 3
-	// A change is kept within saveTick, but no more often than saveEvery.
+	// A change is kept within saveTick, but no more often than saveEvery, and at
+	// most a tenth of the time goes into that.
 	saveTick  = 100 * time.Millisecond
 	saveEvery = time.Second
+	saveRest  = 9
 )
 
 // Aggregator merges sources into a Catalog. Its state is owned by the
@@ -105,7 +107,7 @@ func (a *Aggregator) Run(ctx context.Context) error {
 	dead := make(chan probeResult, 64)
 	group.Go(func() error { return a.loop(ctx, m, dead, group) })
 	err := group.Wait()
-	m.save()
+	a.config.keep(m.due())
 	if errors.Is(err, context.Canceled) {
 		return nil
 	}
@@ -116,12 +118,16 @@ func (a *Aggregator) loop(ctx context.Context, m *merge, results chan probeResul
 	probe := time.NewTicker(a.config.ProbeEvery)
 	defer probe.Stop()
 	save := time.NewTicker(saveTick)
-	var saved time.Time
 	defer save.Stop()
+	var saving chan []string // nil: nothing is being written
+	var began, rested time.Time
 	for {
 		changed := false
 		select {
 		case <-ctx.Done():
+			if saving != nil {
+				m.again(<-saving)
+			}
 			return nil
 		case <-a.queue.poke:
 			for _, u := range a.take() {
@@ -134,9 +140,20 @@ func (a *Aggregator) loop(ctx context.Context, m *merge, results chan probeResul
 		case <-probe.C:
 			a.startProbes(ctx, m, results, group)
 		case now := <-save.C:
-			if now.Sub(saved) >= saveEvery && m.save() {
-				saved = now
+			if saving != nil || now.Before(rested) {
+				continue
 			}
+			if list := m.due(); len(list) > 0 {
+				saving, began = make(chan []string, 1), now
+				group.Go(func() error {
+					saving <- a.config.keep(list)
+					return nil
+				})
+			}
+		case failed := <-saving:
+			m.again(failed)
+			rested = time.Now().Add(max(saveEvery, saveRest*time.Since(began)))
+			saving = nil
 		}
 		if changed {
 			a.publish(m.catalog())

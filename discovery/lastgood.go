@@ -3,6 +3,7 @@ package discovery
 import (
 	"encoding/json"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 )
@@ -18,8 +19,8 @@ type lastGood struct {
 	Scopes map[string]*scopeState `json:"scopes"`
 }
 
-func (m *merge) path(source string) string {
-	return filepath.Join(m.config.Dir, source+".json")
+func (c Config) path(source string) string {
+	return filepath.Join(c.Dir, source+".json")
 }
 
 // load reads what earlier runs kept. It counts as the source's first answer
@@ -30,14 +31,16 @@ func (m *merge) load() {
 	}
 	for _, name := range m.config.Remember {
 		s := m.source(name)
-		kept, err := readLastGood(m.path(name))
+		kept, err := readLastGood(m.config.path(name))
 		if err != nil {
 			if !os.IsNotExist(err) {
 				m.config.Log.Warn("last good catalog cannot be read, waiting for the source", "source", name, "error", err)
 			}
 			continue
 		}
-		s.scopes = kept.Scopes
+		for name, scope := range kept.Scopes {
+			m.set(s, name, scope)
+		}
 		s.status.Ready, s.status.Stale, s.status.Since = true, true, m.now()
 		s.status.LastError = "not asked yet since the start"
 		m.markStale(s, true)
@@ -69,36 +72,55 @@ func readLastGood(path string) (*lastGood, error) {
 	return &kept, nil
 }
 
-// save writes the sources that changed since the last save, and tells whether
-// there were any. A failure is logged and tried again.
-func (m *merge) save() (tried bool) {
-	if m.config.Dir == "" {
-		return false
-	}
-	for _, name := range m.config.Remember {
-		s := m.sources[name]
-		if !s.unsaved || !s.complete {
-			continue
-		}
-		tried = true
-		if err := m.write(name, s); err != nil {
-			m.config.Log.Warn("last good catalog was not kept; a restart without the source would miss the newest changes", "source", name, "error", err)
-			continue
-		}
-		s.unsaved = false
-	}
-	return tried
+// kept is a source's state as it was when it fell due.
+type kept struct {
+	source string
+	scopes map[string]*scopeState
 }
 
-func (m *merge) write(name string, s *sourceState) error {
-	data, err := json.Marshal(lastGood{Format: lastGoodFormat, Source: name, Scopes: s.scopes})
+// due takes the sources that have changed since they were last taken.
+func (m *merge) due() []kept {
+	if m.config.Dir == "" {
+		return nil
+	}
+	var list []kept
+	for _, name := range m.config.Remember {
+		if s := m.sources[name]; s.unsaved && s.complete {
+			s.unsaved = false
+			list = append(list, kept{name, maps.Clone(s.scopes)})
+		}
+	}
+	return list
+}
+
+// again makes sources due that could not be kept.
+func (m *merge) again(failed []string) {
+	for _, name := range failed {
+		m.sources[name].unsaved = true
+	}
+}
+
+// keep writes what was due, in any goroutine, and returns what could not be
+// kept.
+func (c Config) keep(list []kept) (failed []string) {
+	for _, k := range list {
+		if err := c.write(k); err != nil {
+			c.Log.Warn("last good catalog was not kept; a restart without the source would miss the newest changes", "source", k.source, "error", err)
+			failed = append(failed, k.source)
+		}
+	}
+	return failed
+}
+
+func (c Config) write(k kept) error {
+	data, err := json.Marshal(lastGood{Format: lastGoodFormat, Source: k.source, Scopes: k.scopes})
 	if err != nil {
 		return err
 	}
-	if err := os.MkdirAll(m.config.Dir, 0o700); err != nil {
+	if err := os.MkdirAll(c.Dir, 0o700); err != nil {
 		return err
 	}
-	temp, err := os.CreateTemp(m.config.Dir, "."+name+"-*")
+	temp, err := os.CreateTemp(c.Dir, "."+k.source+"-*")
 	if err != nil {
 		return err
 	}
@@ -114,5 +136,5 @@ func (m *merge) write(name string, s *sourceState) error {
 	if err := temp.Close(); err != nil {
 		return err
 	}
-	return os.Rename(temp.Name(), m.path(name))
+	return os.Rename(temp.Name(), c.path(k.source))
 }

@@ -13,9 +13,13 @@ type merge struct {
 	sources map[string]*sourceState
 	groups  map[Key]*Group
 	dirty   map[Key]touched
+	where   map[Key]map[where]bool // the scopes that have instances of a service
 	version uint64
 	now     func() time.Time
 }
+
+// where is one scope of one source.
+type where struct{ source, scope string }
 
 type touched struct {
 	index uint64
@@ -40,10 +44,14 @@ type sourceState struct {
 	status   SourceStatus
 	scopes   map[string]*scopeState
 	held     map[instanceID]*heldInstance
+	troubled map[string]bool // scopes with Problems
+	said     time.Time       // when LastError was last published
 	unsaved  bool
 	complete bool
 }
 
+// scopeState is what a source says of one scope; it is replaced, never written
+// to, so that it can be kept on disk meanwhile.
 type scopeState struct {
 	Instances []*Instance `json:"instances"`
 	Index     uint64      `json:"index"`
@@ -52,7 +60,7 @@ type scopeState struct {
 }
 
 func newMerge(config Config) *merge {
-	m := &merge{config: config, sources: map[string]*sourceState{}, groups: map[Key]*Group{}, dirty: map[Key]touched{}, now: time.Now}
+	m := &merge{config: config, sources: map[string]*sourceState{}, groups: map[Key]*Group{}, dirty: map[Key]touched{}, where: map[Key]map[where]bool{}, now: time.Now}
 	for _, s := range config.Sources {
 		m.source(s.Name())
 	}
@@ -62,11 +70,15 @@ func newMerge(config Config) *merge {
 func (m *merge) source(name string) *sourceState {
 	s := m.sources[name]
 	if s == nil {
-		s = &sourceState{status: SourceStatus{Name: name}, scopes: map[string]*scopeState{}, held: map[instanceID]*heldInstance{}}
+		s = &sourceState{status: SourceStatus{Name: name}, scopes: map[string]*scopeState{}, held: map[instanceID]*heldInstance{}, troubled: map[string]bool{}}
 		m.sources[name] = s
 	}
 	return s
 }
+
+// sayAgain bounds how often another error of a source that is stale already is
+// worth a new Catalog: each of its scopes has an error of its own.
+const sayAgain = 10 * time.Second
 
 // apply takes one Update and tells whether a new Catalog is due.
 func (m *merge) apply(u Update) bool {
@@ -85,12 +97,13 @@ func (m *merge) apply(u Update) bool {
 }
 
 func (m *merge) fail(s *sourceState, u Update) bool {
-	text := u.Err.Error()
-	if s.status.Stale && s.status.LastError == text {
+	text, now := u.Err.Error(), m.now()
+	if s.status.Stale && (s.status.LastError == text || now.Sub(s.said) < sayAgain) {
 		return false
 	}
+	s.said = now
 	if !s.status.Stale {
-		s.status.Stale, s.status.Since = true, m.now()
+		s.status.Stale, s.status.Since = true, now
 		m.config.Log.Warn("source is stale, its last good state stays", "source", u.Source, "error", text)
 		m.markStale(s, true)
 	}
@@ -111,16 +124,46 @@ func (m *merge) recover(s *sourceState) bool {
 // markStale copies each instance of s with the new mark; a published Instance
 // is never written to.
 func (m *merge) markStale(s *sourceState, stale bool) {
-	for _, scope := range s.scopes {
-		for n, i := range scope.Instances {
-			if i.Stale == stale {
-				continue
+	for name, scope := range s.scopes {
+		marked := *scope
+		marked.Instances = nil
+		for _, i := range scope.Instances {
+			if i.Stale != stale {
+				c := *i
+				c.Stale = stale
+				i = &c
+				m.touch(i.Key, touched{})
 			}
-			marked := *i
-			marked.Stale = stale
-			scope.Instances[n] = &marked
-			m.touch(i.Key, touched{})
+			marked.Instances = append(marked.Instances, i)
 		}
+		s.scopes[name] = &marked
+	}
+}
+
+// set replaces a scope, nil removes it, and keeps the indexes true.
+func (m *merge) set(s *sourceState, name string, next *scopeState) {
+	at := where{s.status.Name, name}
+	if old := s.scopes[name]; old != nil {
+		for _, i := range old.Instances {
+			if delete(m.where[i.Key], at); len(m.where[i.Key]) == 0 {
+				delete(m.where, i.Key)
+			}
+		}
+	}
+	delete(s.troubled, name)
+	if next == nil {
+		delete(s.scopes, name)
+		return
+	}
+	s.scopes[name] = next
+	for _, i := range next.Instances {
+		if m.where[i.Key] == nil {
+			m.where[i.Key] = map[where]bool{}
+		}
+		m.where[i.Key][at] = true
+	}
+	if len(next.problems) > 0 {
+		s.troubled[name] = true
 	}
 }
 
@@ -134,8 +177,12 @@ func (m *merge) touch(k Key, t touched) {
 func (m *merge) completed(s *sourceState, u Update) bool {
 	changed := !s.status.Ready
 	s.status.Ready, s.complete = true, true
+	listed := make(map[string]bool, len(u.Scopes))
+	for _, scope := range u.Scopes {
+		listed[scope] = true
+	}
 	for scope := range s.scopes {
-		if slices.Contains(u.Scopes, scope) {
+		if listed[scope] {
 			continue
 		}
 		changed = m.replace(s, Update{Source: u.Source, Scope: scope, Index: u.Index, Seen: u.Seen, Identity: u.Identity, Regressed: u.Regressed}) || changed
@@ -182,12 +229,12 @@ func (m *merge) replace(s *sourceState, u Update) bool {
 		changed = true
 		m.touch(i.Key, at)
 	}
-	s.scopes[u.Scope] = next
-	if len(next.Instances) == 0 && len(next.problems) == 0 {
-		delete(s.scopes, u.Scope)
-	}
 	s.unsaved = s.unsaved || changed || next.Index != old.Index || next.Identity != old.Identity
 	s.status.Held = len(s.held)
+	if len(next.Instances) == 0 && len(next.problems) == 0 {
+		next = nil
+	}
+	m.set(s, u.Scope, next)
 	return changed
 }
 
@@ -235,7 +282,7 @@ func (m *merge) letGo(s *sourceState, id instanceID) bool {
 			kept.Instances = append(kept.Instances, i)
 		}
 	}
-	s.scopes[h.scope] = kept
+	m.set(s, h.scope, kept)
 	s.unsaved = true
 	m.touch(id.key, touched{scope.Index, m.now()})
 	m.config.Log.Info("held instance is gone", "source", s.status.Name, "instance", h.instance.QualifiedName())
@@ -274,23 +321,20 @@ func (m *merge) catalog() *Catalog {
 
 func (m *merge) regroup() {
 	groups := maps.Clone(m.groups)
-	fresh := map[Key][]*Instance{}
-	for _, name := range slices.Sorted(maps.Keys(m.sources)) {
-		for _, scope := range m.sources[name].scopes {
-			for _, i := range scope.Instances {
-				if _, ok := m.dirty[i.Key]; ok {
-					fresh[i.Key] = append(fresh[i.Key], i)
+	for key, at := range m.dirty {
+		var list []*Instance
+		for ref := range m.where[key] {
+			for _, i := range m.sources[ref.source].scopes[ref.scope].Instances {
+				if i.Key == key {
+					list = append(list, i)
 				}
 			}
 		}
-	}
-	for key, at := range m.dirty {
-		list := fresh[key]
 		if len(list) == 0 {
 			delete(groups, key)
 			continue
 		}
-		slices.SortFunc(list, compareInstances)
+		slices.SortStableFunc(list, compareInstances)
 		list = slices.CompactFunc(list, func(a, b *Instance) bool { return idOf(a) == idOf(b) })
 		groups[key] = &Group{Key: key, Instances: list, Index: at.index, Seen: at.seen}
 	}
@@ -310,7 +354,7 @@ func (m *merge) sourceProblems(s *sourceState) []Problem {
 			Message: fmt.Sprintf("its state was lost or restored: %d instances that it no longer lists are kept while they answer", s.status.Held),
 			Fix:     "register the instances again, or let go of them by stopping them", Since: s.status.Since})
 	}
-	for _, name := range slices.Sorted(maps.Keys(s.scopes)) {
+	for _, name := range slices.Sorted(maps.Keys(s.troubled)) {
 		problems = append(problems, s.scopes[name].problems...)
 	}
 	return problems

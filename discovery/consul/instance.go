@@ -81,14 +81,14 @@ func (r *reader) read(tenant string) {
 	}
 }
 
-func (r *reader) problem(code, severity, place, message, fix string) {
-	r.problems = append(r.problems, discovery.Problem{Code: code, Severity: severity, Object: r.i.QualifiedName(), Place: strings.TrimSuffix(r.i.Origin+" "+place, " "), Message: message, Fix: fix})
+func (r *reader) problem(code, place, message, fix string) {
+	r.problems = append(r.problems, discovery.Problem{Code: code, Severity: discovery.SeverityError, Object: r.i.QualifiedName(), Place: strings.TrimSuffix(r.i.Origin+" "+place, " "), Message: message, Fix: fix})
 }
 
 // fail leaves the instance out.
 func (r *reader) fail(code, place, message, fix string) {
 	r.failed = true
-	r.problem(code, discovery.SeverityError, place, message+"; this instance is left out", fix)
+	r.problem(code, place, message+"; this instance is left out", fix)
 }
 
 func (r *reader) address() {
@@ -103,7 +103,7 @@ func (r *reader) address() {
 	}
 }
 
-const maxWeight = 1000
+const maxWeight = 65535 // Consul's own limit
 
 func (r *reader) weight() {
 	w := r.e.Service.Weights.Passing
@@ -163,7 +163,11 @@ func (r *reader) further(key, name, value string) {
 		own, err = strconv.ParseUint(ownText, 10, 16)
 	}
 	if err != nil || dial == 0 || own == 0 || !label.MatchString(name) || !slices.Contains(protocols, protocol) {
-		r.problem("port_invalid", discovery.SeverityError, key, fmt.Sprintf("%q is not DIAL[:INSTANCE_PORT][/PROTOCOL]; this port is left out", value), "write it like 9090, 9090:31877 or 9090:31877/grpc")
+		r.problem("port_invalid", key, fmt.Sprintf("%q is not DIAL[:INSTANCE_PORT][/PROTOCOL]; this port is left out", value), "write it like 9090, 9090:31877 or 9090:31877/grpc")
+		return
+	}
+	if slices.ContainsFunc(r.i.Ports, func(p discovery.Port) bool { return p.Name == name }) {
+		r.problem("port_invalid", key, fmt.Sprintf("port %q is there already; this one is left out", name), "give it another name")
 		return
 	}
 	r.i.Ports = append(r.i.Ports, discovery.Port{Name: name, Number: uint16(own)})
@@ -179,7 +183,7 @@ func (r *reader) number(key string) (uint16, bool) {
 	}
 	n, err := strconv.ParseUint(text, 10, 16)
 	if err != nil || n == 0 {
-		r.problem("port_invalid", discovery.SeverityError, key, fmt.Sprintf("%q is no port; it counts as absent", text), "write a number from 1 to 65535")
+		r.problem("port_invalid", key, fmt.Sprintf("%q is no port; it counts as absent", text), "write a number from 1 to 65535")
 		return 0, false
 	}
 	return uint16(n), true

@@ -23,50 +23,50 @@ const (
 	answersBurst = 25
 	// keepExplained bounds what is remembered of late answers.
 	keepExplained = 4096
-	// A sweep waits this long for a service's own query to explain the sign; an
-	// explained sign may still hide another change, so that a sweep follows it
-	// after a while.
-	explainWait = 4 * time.Millisecond
-	sweepLater  = 2 * time.Second
-	// sweepEvery bounds how often the shared services are asked; sweepAnyway
-	// asks them without a sign.
-	sweepEvery  = 50 * time.Millisecond
-	sweepShare  = 9
-	sweepAnyway = 30 * time.Second
+	// A service that has failed this often, while Consul answers otherwise, holds
+	// up the first pass no longer.
+	hopeless = 6
 )
 
 // watcher is one run of a Source.
 type watcher struct {
-	s    *Source
-	emit func(discovery.Update)
-	// suspect says that a query has failed since the last look at which Consul
-	// this is; epoch grows when it turns out to have lost its state.
-	suspect atomic.Bool
-	signal  chan uint64 // one slot: something has changed, at this index
-
-	verifying sync.Mutex // one look at a time
-
-	mu       sync.Mutex
-	identity string              // which Consul this is; "": not known yet; guarded by mu
-	services map[string]*service // guarded by mu
-	own      int                 // services with a query of their own; guarded by mu
-	clock    uint64              // grows with each promotion; guarded by mu
-	listed   bool                // the list has answered once; guarded by mu
-	scopes   []string            // of the last Complete; guarded by mu
-	// explained are the indexes of late answers of services' own queries: a
-	// sign with such an index needs no sweep; guarded by mu.
-	explained map[uint64]bool
+	s         *Source
+	emit      func(discovery.Update)
+	verifying sync.Mutex // one look at a time; guards last
+	last      incarnation
 	group     *errgroup.Group
-	problem   string // of the budget, as last emitted; guarded by mu
+
+	signal   chan uint64        // one slot: something has changed, at this index
+	located  map[place]position // what the last sweep saw; the sweep loop's own
+	newCheck atomic.Bool        // a check has changed since the last sweep
+	unsure   atomic.Bool        // the last sweep has missed something: ask all
+
+	mu         sync.Mutex          // guards what follows
+	identity   string              // which Consul this is; "": not known yet
+	services   map[string]*service //
+	own        int                 // services with a query of their own
+	unanswered int                 // services that hold up the first pass
+	clock      uint64              // grows with each promotion
+	listed     bool                // the list has answered once
+	limited    bool                // the list's last answer lacked what the token may not see
+	hidden     int                 // services of which the token may not see everything
+	changed    bool                // the set of services, or their problems, since the last Complete
+	problems   string              // of the whole source, as last emitted
+	// explained are the indexes of late answers of services' own queries: a
+	// sign with such an index needs no sweep.
+	explained map[uint64]bool
 }
 
 // service is one watched Consul service. Its fields are guarded by the
-// watcher's mu; index and identity, of its last answer, by busy.
+// watcher's mu; index and identity, of its last answer, by busy; failures, of
+// its asks in sweeps, belongs to those.
 type service struct {
 	name string
 
 	wanted   bool // the list has it
-	answered bool
+	empty    bool // its last answer had no member
+	hidden   bool // its last answer lacked what the token may not see
+	answered bool // or given up for the first pass
 	gone     bool
 	cancel   context.CancelFunc // of its own query; nil: it shares the sweep
 	used     uint64             // clock of its last promotion
@@ -74,15 +74,18 @@ type service struct {
 	busy     sync.Mutex
 	index    uint64
 	identity string
+
+	failures int
 }
 
 func newWatcher(s *Source, emit func(discovery.Update)) *watcher {
-	return &watcher{s: s, emit: emit, signal: make(chan uint64, 1), explained: map[uint64]bool{}, services: map[string]*service{}}
+	return &watcher{s: s, emit: emit, signal: make(chan uint64, 1), changed: true, explained: map[uint64]bool{}, services: map[string]*service{}}
 }
 
 func (w *watcher) run(ctx context.Context) error {
 	w.group, ctx = errgroup.WithContext(ctx)
 	w.group.Go(func() error { return w.watchList(ctx) })
+	w.group.Go(func() error { return w.s.watchToken(ctx) })
 	if !w.s.multiplexed {
 		w.group.Go(func() error { return w.watchChecks(ctx) })
 		w.group.Go(func() error { return w.sweepLoop(ctx) })
@@ -92,17 +95,21 @@ func (w *watcher) run(ctx context.Context) error {
 
 // loop asks again and again: ask gets the index to wait for and returns the
 // next. Errors back off; answers are bounded by a token bucket.
-func (w *watcher) loop(ctx context.Context, scope string, ask func(index uint64) (uint64, error)) error {
+func (w *watcher) loop(ctx context.Context, scope string, index uint64, ask func(index uint64) (uint64, error)) error {
 	limiter := rate.NewLimiter(rate.Every(answersEvery), answersBurst)
-	var index uint64
 	for failures := 0; ; {
 		next, err := ask(index)
 		switch {
 		case ctx.Err() != nil:
 			return ctx.Err()
+		case errors.Is(err, errAskAgain):
+			index = 0
 		case err != nil:
 			failures++
 			w.failed(scope, err)
+			if failures == hopeless {
+				w.giveUp(ctx, scope)
+			}
 			index = 0
 			if !pause(ctx, backoff(failures)) {
 				return ctx.Err()
@@ -113,6 +120,9 @@ func (w *watcher) loop(ctx context.Context, scope string, ask func(index uint64)
 		default:
 			index = next
 		}
+		if failures > 0 && scope == "" {
+			w.emit(discovery.Update{Source: w.s.config.Name, Seen: time.Now()}) // it answers again
+		}
 		failures = 0
 		if err := limiter.Wait(ctx); err != nil {
 			return err
@@ -122,30 +132,56 @@ func (w *watcher) loop(ctx context.Context, scope string, ask func(index uint64)
 
 func (w *watcher) failed(scope string, err error) {
 	w.s.metrics.errors.Inc()
-	w.suspect.Store(true)
+	w.s.suspect.Store(true)
 	w.emit(discovery.Update{Source: w.s.config.Name, Scope: scope, Err: err})
 }
 
+// giveUp lets the first pass end without a service that fails while Consul
+// answers otherwise.
+func (w *watcher) giveUp(ctx context.Context, scope string) {
+	if scope == "" || w.verify(ctx) != nil {
+		return
+	}
+	w.mu.Lock()
+	if sv := w.services[scope]; sv != nil {
+		w.heard(sv)
+	}
+	w.mu.Unlock()
+	w.complete(0)
+}
+
+// heard counts down the services that hold up the first pass; mu is held.
+func (w *watcher) heard(sv *service) {
+	if !sv.answered {
+		sv.answered = true
+		w.unanswered--
+	}
+}
+
 func (w *watcher) watchList(ctx context.Context) error {
-	return w.loop(ctx, "", func(index uint64) (uint64, error) {
-		names, next, err := w.s.list(ctx, index)
+	return w.loop(ctx, "", 0, func(index uint64) (uint64, error) {
+		names, meta, err := w.s.list(ctx, index)
 		if err != nil {
 			return 0, err
+		}
+		if meta.LastIndex < index {
+			w.s.suspect.Store(true)
 		}
 		if err := w.verify(ctx); err != nil {
 			return 0, err
 		}
-		w.take(ctx, names)
-		w.poke(next)
-		w.complete(next)
-		return next, nil
+		w.take(ctx, names, meta.ResultsFilteredByACLs)
+		w.poke(meta.LastIndex)
+		w.complete(meta.LastIndex)
+		return meta.LastIndex, nil
 	})
 }
 
 func (w *watcher) watchChecks(ctx context.Context) error {
-	return w.loop(ctx, "", func(index uint64) (uint64, error) {
+	return w.loop(ctx, "", 0, func(index uint64) (uint64, error) {
 		next, err := w.s.checks(ctx, index)
 		if err == nil {
+			w.newCheck.Store(true)
 			w.poke(next)
 		}
 		return next, err
@@ -163,19 +199,24 @@ func (w *watcher) poke(index uint64) {
 	}
 }
 
-// take starts watching new names, and marks those that have left: they end when
-// their own answer confirms it.
-func (w *watcher) take(ctx context.Context, names map[string]bool) {
+// take starts watching new names. Those that have left end at once when their
+// own last answer says so, too, or as soon as one does.
+func (w *watcher) take(ctx context.Context, names map[string]bool, limited bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.listed = true
+	w.listed, w.limited = true, limited
 	for name, sv := range w.services {
 		sv.wanted = names[name]
+		if sv.empty && !sv.wanted {
+			w.end(sv)
+		}
 	}
 	for _, name := range slices.Sorted(maps.Keys(names)) {
 		if w.services[name] == nil {
 			sv := &service{name: name, wanted: true}
 			w.services[name] = sv
+			w.unanswered++
+			w.changed = true
 			if w.s.multiplexed || w.own < w.s.config.MaxConnections-reserved {
 				w.promote(ctx, sv)
 			}
@@ -202,7 +243,8 @@ func (w *watcher) promote(ctx context.Context, sv *service) {
 	})
 }
 
-// demoteOldest takes its own query from the service that changed longest ago.
+// demoteOldest takes its own query from the service that changed longest ago;
+// mu is held.
 func (w *watcher) demoteOldest() {
 	var oldest *service
 	for _, sv := range w.services {
@@ -211,85 +253,135 @@ func (w *watcher) demoteOldest() {
 		}
 	}
 	if oldest != nil {
-		oldest.cancel()
-		oldest.cancel = nil
+		w.demote(oldest)
+	}
+}
+
+func (w *watcher) demote(sv *service) {
+	if sv.cancel != nil {
+		sv.cancel()
+		sv.cancel = nil
 		w.own--
 	}
 }
 
-func (w *watcher) count() {
-	w.s.metrics.watches.Set(float64(len(w.services)))
-	w.s.metrics.shared.Set(float64(len(w.services) - w.own))
-	text := ""
-	var problems []discovery.Problem
-	if shared := len(w.services) - w.own; shared > 0 {
-		p := w.s.problemBudget(len(w.services), w.own)
-		text, problems = p.Message, []discovery.Problem{p}
-	}
-	if text != w.problem {
-		w.problem = text
-		w.emit(discovery.Update{Source: w.s.config.Name, Scope: budgetScope, Problems: problems, Seen: time.Now()})
+// end stops watching a service that has left the catalog; mu is held.
+func (w *watcher) end(sv *service) {
+	sv.gone = true
+	delete(w.services, sv.name)
+	w.demote(sv)
+	w.heard(sv)
+	w.mark(sv, false)
+	w.changed = true
+}
+
+// mark notes whether the token may see all of a service; mu is held.
+func (w *watcher) mark(sv *service, hidden bool) {
+	if hidden != sv.hidden {
+		sv.hidden = hidden
+		if hidden {
+			w.hidden++
+		} else {
+			w.hidden--
+		}
 	}
 }
 
-// budgetScope carries the Problem of the connection budget; no service has a
-// colon in its name.
-const budgetScope = ":budget"
+// sourceScope carries the Problems of the whole source; no service has a colon
+// in its name.
+const sourceScope = ":source"
 
-// follow watches one service until it is demoted or gone.
-func (w *watcher) follow(ctx context.Context, sv *service) {
-	err := w.loop(ctx, sv.name, func(index uint64) (uint64, error) {
-		entries, next, err := w.s.health(ctx, sv.name, index)
-		if err != nil {
-			return 0, err
-		}
-		if next == index {
-			return next, nil // the wait was over, or a wake-up without a change
-		}
-		if err := w.verify(ctx); err != nil {
-			return 0, err
-		}
-		if w.answer(sv, entries, next) {
-			return 0, errGone
-		}
-		return next, nil
-	})
-	_ = err // the end of ctx
+// count publishes how the watching itself fares; mu is held.
+func (w *watcher) count() {
+	shared := len(w.services) - w.own
+	w.s.metrics.watches.Set(float64(len(w.services)))
+	w.s.metrics.shared.Set(float64(shared))
+	text := ""
+	var problems []discovery.Problem
+	if shared > 0 {
+		problems = append(problems, w.s.problemBudget(len(w.services), w.own))
+	}
+	if w.hidden > 0 || w.limited {
+		problems = append(problems, w.s.problemHidden(w.hidden))
+	}
+	for _, p := range problems {
+		text += p.Message
+	}
+	if text != w.problems {
+		w.problems, w.changed = text, true
+		w.emit(discovery.Update{Source: w.s.config.Name, Scope: sourceScope, Problems: problems, Seen: time.Now()})
+	}
 }
 
 var errGone = errors.New("service has left the catalog")
 
-// answer emits what one service's answer says, and tells whether the service
-// is gone for good.
-func (w *watcher) answer(sv *service, entries []*api.ServiceEntry, index uint64) (gone bool) {
+// follow watches one service until it is demoted or gone. It goes on from the
+// last answer, whoever got it.
+func (w *watcher) follow(ctx context.Context, sv *service) {
+	sv.busy.Lock()
+	from := sv.index
+	sv.busy.Unlock()
+	err := w.loop(ctx, sv.name, from, func(index uint64) (uint64, error) {
+		entries, meta, err := w.s.health(ctx, sv.name, index)
+		if err != nil {
+			return 0, err
+		}
+		if meta.LastIndex == index {
+			return index, nil // the wait was over, or a wake-up without a change
+		}
+		if meta.LastIndex < index {
+			w.s.suspect.Store(true)
+		}
+		if err := w.verify(ctx); err != nil {
+			return 0, err
+		}
+		if !w.answer(ctx, sv, entries, meta) {
+			return 0, errGone
+		}
+		return meta.LastIndex, nil
+	})
+	_ = err // the end of ctx
+}
+
+// answer emits what one service's answer says. The answer to a query that was
+// ended meanwhile may be older than what has been said since, and says nothing:
+// false.
+func (w *watcher) answer(ctx context.Context, sv *service, entries []*api.ServiceEntry, meta *api.QueryMeta) bool {
 	sv.busy.Lock()
 	defer sv.busy.Unlock()
-	u := discovery.Update{Source: w.s.config.Name, Scope: sv.name, Index: index, Identity: w.which(), Seen: time.Now()}
+	u := discovery.Update{Source: w.s.config.Name, Scope: sv.name, Index: meta.LastIndex, Identity: w.which(), Seen: time.Now(), Regressed: meta.ResultsFilteredByACLs}
 	u.Instances, u.Problems = w.s.instances(entries)
-	sv.index, sv.identity = index, u.Identity
-	w.emit(u)
+	if !w.say(ctx, sv, u) {
+		return false
+	}
+	sv.index, sv.identity = meta.LastIndex, u.Identity
+	w.complete(meta.LastIndex)
+	return true
+}
+
+// say emits u and notes what it means for the watching of sv; false when nobody
+// is to hear of sv any more.
+func (w *watcher) say(ctx context.Context, sv *service, u discovery.Update) bool {
 	w.mu.Lock()
-	sv.answered = true
+	defer w.mu.Unlock()
+	if ctx.Err() != nil || sv.gone {
+		return false
+	}
+	w.emit(u)
+	w.heard(sv)
 	if sv.cancel != nil {
 		if len(w.explained) >= keepExplained {
 			clear(w.explained)
 		}
-		w.explained[index] = true
+		w.explained[u.Index] = true
 	}
-	if len(u.Instances) == 0 && len(u.Problems) == 0 && !sv.wanted && !sv.gone {
-		sv.gone = true
-		delete(w.services, sv.name)
-		if sv.cancel != nil {
-			w.own--
-			sv.cancel()
-			sv.cancel = nil
-		}
-		w.count()
+	sv.empty = len(u.Instances) == 0 && len(u.Problems) == 0
+	w.mark(sv, u.Regressed)
+	if sv.empty && !sv.wanted {
+		w.end(sv)
 	}
-	gone = sv.gone
-	w.mu.Unlock()
-	w.complete(index)
-	return gone
+	w.count()
+	return true
 }
 
 // complete ends the first pass, and tells of every later change of the set,
@@ -297,23 +389,14 @@ func (w *watcher) answer(sv *service, entries []*api.ServiceEntry, index uint64)
 func (w *watcher) complete(index uint64) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if !w.listed {
+	if !w.listed || !w.changed || w.unanswered > 0 {
 		return
 	}
-	scopes := []string{}
-	if w.problem != "" {
-		scopes = append(scopes, budgetScope)
-	}
-	for name, sv := range w.services {
-		if !sv.answered {
-			return
-		}
-		scopes = append(scopes, name)
+	w.changed = false
+	scopes := slices.AppendSeq(make([]string, 0, len(w.services)+1), maps.Keys(w.services))
+	if w.problems != "" {
+		scopes = append(scopes, sourceScope)
 	}
 	slices.Sort(scopes)
-	if w.scopes != nil && slices.Equal(scopes, w.scopes) {
-		return
-	}
-	w.scopes = scopes
-	w.emit(discovery.Update{Source: w.s.config.Name, Complete: true, Scopes: slices.Clone(scopes), Index: index, Identity: w.identity, Seen: time.Now()})
+	w.emit(discovery.Update{Source: w.s.config.Name, Complete: true, Scopes: scopes, Index: index, Identity: w.identity, Regressed: w.limited, Seen: time.Now()})
 }
