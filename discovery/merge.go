@@ -122,16 +122,21 @@ func (m *merge) recover(s *sourceState) bool {
 }
 
 // markStale copies each instance of s with the new mark; a published Instance
-// is never written to.
+// is never written to. What is held stays stale: the source's answer was that
+// it does not list it.
 func (m *merge) markStale(s *sourceState, stale bool) {
 	for name, scope := range s.scopes {
 		marked := *scope
 		marked.Instances = nil
 		for _, i := range scope.Instances {
-			if i.Stale != stale {
+			h := s.held[idOf(i)]
+			if wanted := stale || h != nil; i.Stale != wanted {
 				c := *i
-				c.Stale = stale
+				c.Stale = wanted
 				i = &c
+				if h != nil {
+					h.instance = i
+				}
 				m.touch(i.Key, touched{})
 			}
 			marked.Instances = append(marked.Instances, i)
@@ -230,7 +235,9 @@ func (m *merge) replace(s *sourceState, u Update) bool {
 		m.touch(i.Key, at)
 	}
 	s.unsaved = s.unsaved || changed || next.Index != old.Index || next.Identity != old.Identity
-	s.status.Held = len(s.held)
+	if s.status.Held != len(s.held) {
+		s.status.Held, changed = len(s.held), true
+	}
 	if len(next.Instances) == 0 && len(next.problems) == 0 {
 		next = nil
 	}
