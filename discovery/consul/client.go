@@ -133,8 +133,9 @@ func (s *Source) token() (string, error) {
 // token is there, or another connection.
 var errAskAgain = errors.New("to be asked again")
 
-// asking lasts as long as a token: what is hidden from the old one would not wake
-// a query that was asked with it.
+// asking lasts as long as a token, and as one Consul answers: what is hidden from
+// an old token would not wake a query that was asked with it, and another Consul
+// might hold for ever one with an index of the first.
 type asking struct {
 	ctx    context.Context
 	cancel context.CancelFunc
@@ -144,6 +145,23 @@ func newAsking() *asking {
 	ctx, cancel := context.WithCancel(context.Background())
 	return &asking{ctx, cancel}
 }
+
+// cursor is where a query goes on: the index of the last answer, and the asking
+// that it belongs to.
+type cursor struct {
+	index uint64
+	*asking
+}
+
+// begin is the cursor of a query that does not block.
+func (s *Source) begin() cursor { return cursor{asking: s.asking.Load()} }
+
+// askAnew ends all queries; each is asked again from the start, and an answer
+// that has arrived meanwhile is not used.
+func (s *Source) askAnew() { s.asking.Swap(newAsking()).cancel() }
+
+// ended tells that answers of this asking are not to be used any more.
+func (a *asking) ended() bool { return a.ctx.Err() != nil }
 
 // watchToken ends the queries of an older token until ctx ends.
 func (s *Source) watchToken(ctx context.Context) error {
@@ -159,26 +177,25 @@ func (s *Source) watchToken(ctx context.Context) error {
 		if token, err := s.token(); err == nil && token != old {
 			s.config.Log.Info("consul token has changed", "source", s.config.Name)
 			old = token
-			s.asking.Swap(newAsking()).cancel()
+			s.askAnew()
 		}
 	}
 }
 
 // query asks for the JSON at path.
-func (s *Source) query(ctx context.Context, path, filter string, index uint64, out any) (*api.QueryMeta, error) {
-	asking := s.asking.Load()
-	o, cancel, err := s.options(ctx, index)
+func (s *Source) query(ctx context.Context, path, filter string, from cursor, out any) (*api.QueryMeta, error) {
+	o, cancel, err := s.options(ctx, from.index)
 	if err != nil {
 		return nil, err
 	}
 	defer cancel()
-	defer context.AfterFunc(asking.ctx, cancel)()
-	again := &replay{s: s, blocks: index > 0, cancel: cancel}
+	defer context.AfterFunc(from.ctx, cancel)()
+	again := &replay{s: s, blocks: from.index > 0, cancel: cancel}
 	o = o.WithContext(httptrace.WithClientTrace(o.Context(), &httptrace.ClientTrace{GotConn: again.connected}))
 	o.Filter = filter
 	meta, err := s.client.Raw().Query(path, out, o)
 	if err != nil {
-		if ctx.Err() == nil && (asking.ctx.Err() != nil || again.ended.Load()) {
+		if ctx.Err() == nil && (from.ended() || again.ended.Load()) {
 			return nil, errAskAgain
 		}
 		return nil, err
@@ -203,7 +220,7 @@ func (r *replay) connected(httptrace.GotConnInfo) {
 	if r.count.Add(1) == 1 {
 		return
 	}
-	r.s.suspect.Store(true)
+	r.s.suspicions.Add(1)
 	if r.blocks {
 		r.ended.Store(true)
 		r.cancel()
@@ -221,9 +238,9 @@ func (s *Source) members(meta, kind string) string {
 
 // list asks for the names of services that have a member. Membership cannot be
 // seen in the list itself, which has names and tags only.
-func (s *Source) list(ctx context.Context, index uint64) (map[string]bool, *api.QueryMeta, error) {
+func (s *Source) list(ctx context.Context, from cursor) (map[string]bool, *api.QueryMeta, error) {
 	var services map[string][]string
-	meta, err := s.query(ctx, "/v1/catalog/services", s.members("ServiceMeta", "ServiceKind"), index, &services)
+	meta, err := s.query(ctx, "/v1/catalog/services", s.members("ServiceMeta", "ServiceKind"), from, &services)
 	if err != nil {
 		return nil, nil, fmt.Errorf("service list: %w", err)
 	}
@@ -240,9 +257,9 @@ func (s *Source) list(ctx context.Context, index uint64) (map[string]bool, *api.
 }
 
 // health asks for the instances of one service.
-func (s *Source) health(ctx context.Context, name string, index uint64) ([]*api.ServiceEntry, *api.QueryMeta, error) {
+func (s *Source) health(ctx context.Context, name string, from cursor) ([]*api.ServiceEntry, *api.QueryMeta, error) {
 	var entries []*api.ServiceEntry
-	meta, err := s.query(ctx, "/v1/health/service/"+name, "", index, &entries)
+	meta, err := s.query(ctx, "/v1/health/service/"+name, "", from, &entries)
 	if err != nil {
 		return nil, nil, fmt.Errorf("service %s: %w", name, err)
 	}
@@ -255,9 +272,9 @@ func (s *Source) health(ctx context.Context, name string, index uint64) ([]*api.
 
 // checks blocks until any check of the catalog changes; no check matches, so
 // that the answer is small.
-func (s *Source) checks(ctx context.Context, index uint64) (uint64, error) {
+func (s *Source) checks(ctx context.Context, from cursor) (uint64, error) {
 	var none []struct{}
-	meta, err := s.query(ctx, "/v1/health/state/any", `CheckID == "roost: none"`, index, &none)
+	meta, err := s.query(ctx, "/v1/health/state/any", `CheckID == "roost: none"`, from, &none)
 	if err != nil {
 		return 0, fmt.Errorf("checks: %w", err)
 	}
@@ -270,13 +287,13 @@ type node struct {
 	CreateIndex, ModifyIndex uint64
 }
 
-func (s *Source) nodes(ctx context.Context) ([]node, uint64, error) {
+func (s *Source) nodes(ctx context.Context) ([]node, *api.QueryMeta, error) {
 	var nodes []node
-	meta, err := s.query(ctx, "/v1/catalog/nodes", "", 0, &nodes)
+	meta, err := s.query(ctx, "/v1/catalog/nodes", "", s.begin(), &nodes)
 	if err != nil {
-		return nil, 0, fmt.Errorf("nodes: %w", err)
+		return nil, nil, fmt.Errorf("nodes: %w", err)
 	}
-	return nodes, meta.LastIndex, nil
+	return nodes, meta, nil
 }
 
 // registration is what a sweep needs of a registered instance.
@@ -287,7 +304,7 @@ type registration struct {
 
 func (s *Source) registrations(ctx context.Context, node string) ([]registration, error) {
 	var out struct{ Services []registration }
-	if _, err := s.query(ctx, "/v1/catalog/node-services/"+node, s.members("Meta", "Kind"), 0, &out); err != nil {
+	if _, err := s.query(ctx, "/v1/catalog/node-services/"+node, s.members("Meta", "Kind"), s.begin(), &out); err != nil {
 		return nil, fmt.Errorf("services of node %s: %w", node, err)
 	}
 	return out.Services, nil
@@ -301,7 +318,7 @@ type check struct {
 
 func (s *Source) allChecks(ctx context.Context) ([]check, error) {
 	var out []check
-	if _, err := s.query(ctx, "/v1/health/state/any", "", 0, &out); err != nil {
+	if _, err := s.query(ctx, "/v1/health/state/any", "", s.begin(), &out); err != nil {
 		return nil, fmt.Errorf("checks: %w", err)
 	}
 	return out, nil
@@ -310,7 +327,7 @@ func (s *Source) allChecks(ctx context.Context) ([]check, error) {
 // NodeName asks the agent for its node's name.
 func (s *Source) NodeName(ctx context.Context) (string, error) {
 	var self struct{ Config struct{ NodeName string } }
-	if _, err := s.query(ctx, "/v1/agent/self", "", 0, &self); err != nil {
+	if _, err := s.query(ctx, "/v1/agent/self", "", s.begin(), &self); err != nil {
 		return "", fmt.Errorf("agent: %w", err)
 	}
 	return self.Config.NodeName, nil

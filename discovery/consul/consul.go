@@ -76,10 +76,10 @@ type Source struct {
 	// its own.
 	multiplexed bool
 	asking      atomic.Pointer[asking]
-	// suspect says that since the last look at which Consul this is a query has
-	// failed, or a connection was lost, or an index has fallen.
-	suspect atomic.Bool
-	metrics *metrics
+	// suspicions counts what may mean that another Consul answers: a query that
+	// failed, a connection that was lost, an index that fell.
+	suspicions atomic.Uint64
+	metrics    *metrics
 }
 
 type metrics struct {
@@ -102,6 +102,7 @@ func New(c Config) (*Source, error) {
 	}
 	s := &Source{config: c, metrics: newMetrics(c.Registerer)}
 	s.asking.Store(newAsking())
+	s.suspicions.Store(1) // at the start nothing is known
 	var err error
 	if s.client, s.transport, s.multiplexed, err = newClient(c, s.metrics.connections); err != nil {
 		return nil, err

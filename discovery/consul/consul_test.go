@@ -291,12 +291,13 @@ func TestChanges(t *testing.T) {
 // TestIncarnations: which Consul goes on from which.
 func TestIncarnations(t *testing.T) {
 	of := func(index uint64, nodes ...string) incarnation {
-		i := incarnation{map[string]bool{}, index}
+		i := incarnation{nodes: map[string]bool{}, index: index}
 		for _, n := range nodes {
 			i.nodes[n] = true
 		}
 		return i
 	}
+	hidden := func(i incarnation) incarnation { i.limited = true; return i }
 	for _, c := range []struct {
 		name          string
 		before, after incarnation
@@ -308,8 +309,12 @@ func TestIncarnations(t *testing.T) {
 		{"wiped", of(50, "a"), of(9, "c"), false},
 		{"another one", of(5, "a"), of(900, "c"), false},
 		{"restored", of(50, "a"), of(9, "a"), false},
-		{"a token that sees no nodes", of(5), of(9), true},
-		{"and no longer sees them", of(5, "a"), of(9), false},
+		{"a token that sees no nodes", hidden(of(5)), hidden(of(9)), true},
+		{"one that no longer sees them", of(5, "a"), hidden(of(9)), true},
+		{"one that sees them again", hidden(of(5)), of(9, "a"), true},
+		{"one that sees another part", hidden(of(5, "a")), hidden(of(9, "b")), true},
+		{"one that sees less of an older state", of(50, "a"), hidden(of(9)), false},
+		{"a young one that has no node yet", of(5, "a"), of(9), false},
 	} {
 		if got := c.after.continues(c.before); got != c.want {
 			t.Errorf("%s: %v", c.name, got)
@@ -328,11 +333,11 @@ func TestLateAnswer(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	sv := &service{name: "shop", wanted: true}
 	w.services["shop"], w.unanswered = sv, 1
-	if !w.answer(ctx, sv, []*api.ServiceEntry{entry("a", meta("acme"))}, &api.QueryMeta{LastIndex: 5}) || said != 1 {
+	if !w.answer(ctx, sv, w.s.begin(), []*api.ServiceEntry{entry("a", meta("acme"))}, &api.QueryMeta{LastIndex: 5}) || said != 1 {
 		t.Errorf("said %d", said)
 	}
 	cancel()
-	if w.answer(ctx, sv, nil, &api.QueryMeta{LastIndex: 4}) || said != 1 || sv.index != 5 {
+	if w.answer(ctx, sv, w.s.begin(), nil, &api.QueryMeta{LastIndex: 4}) || said != 1 || sv.index != 5 {
 		t.Errorf("said %d, index %d", said, sv.index)
 	}
 }

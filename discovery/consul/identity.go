@@ -13,58 +13,87 @@ import (
 type incarnation struct {
 	nodes map[string]bool // NODE/ID/CREATEINDEX
 	index uint64          // of the list of nodes
+	// limited says that the token may not see all nodes: that one of them is not
+	// there proves nothing.
+	limited bool
 }
 
 // verify looks, at the start, after a failure and when an index has fallen,
 // which Consul this is. What is missing from another one than before is held,
-// not removed.
-func (w *watcher) verify(ctx context.Context) error {
-	if !w.s.suspect.Load() && w.which() != "" {
-		return nil
+// not removed. errAskAgain: the answer that the caller has may be the former one's.
+func (w *watcher) verify(ctx context.Context, from cursor) error {
+	if w.s.suspicions.Load() != w.verified.Load() {
+		if err := w.identify(ctx); err != nil {
+			return err
+		}
 	}
+	if from.ended() {
+		return errAskAgain
+	}
+	return nil
+}
+
+func (w *watcher) identify(ctx context.Context) error {
 	w.verifying.Lock()
 	defer w.verifying.Unlock()
-	if !w.s.suspect.Load() && w.which() != "" {
+	// Before the question: what fails while it is asked asks for another look. It is
+	// settled only after the answer: whoever has one meanwhile waits.
+	suspicions := w.s.suspicions.Load()
+	if suspicions == w.verified.Load() {
 		return nil
 	}
-	// Before the question: what fails while it is asked asks for another look.
-	w.s.suspect.Store(false)
-	nodes, index, err := w.s.nodes(ctx)
+	nodes, meta, err := w.s.nodes(ctx)
 	if err != nil {
-		w.s.suspect.Store(true)
 		return err
 	}
-	now := incarnation{nodes: map[string]bool{}, index: index}
+	defer w.verified.Store(suspicions)
+	now := incarnation{nodes: map[string]bool{}, index: meta.LastIndex, limited: meta.ResultsFilteredByACLs}
 	for _, n := range nodes {
 		now.nodes[n.key()] = true
 	}
 	was := w.which()
 	same := now.continues(w.last)
 	w.last = now
-	if was != "" && same {
+	named := was == hiddenNodes && len(nodes) > 0
+	if was != "" && same && !named {
 		return nil
 	}
 	is := identityOf(nodes)
-	if is == was { // the same nodes, and yet an older state
-		is = fmt.Sprintf("%s@%d", is, index)
+	switch {
+	case now.limited && len(nodes) == 0:
+		is = hiddenNodes
+	case is == was: // the same nodes, and yet an older state
+		is = fmt.Sprintf("%s@%d", is, meta.LastIndex)
 	}
 	w.mu.Lock()
 	w.identity = is
 	w.mu.Unlock()
-	if was != "" {
+	if was != "" && !same {
+		w.s.askAnew()
 		w.s.config.Log.Warn("consul has lost its state, or is another one: what it no longer lists is held while it answers", "source", w.s.config.Name, "was", was, "is", is)
 	}
 	return nil
 }
 
-// continues tells whether i is a later state of what was before: one node at
-// least is still there, if any is seen, and the index has not fallen.
+// hiddenNodes is the identity of a Consul of which the token may see no node.
+const hiddenNodes = "hidden nodes"
+
+// said is the identity as Updates carry it.
+func said(identity string) string {
+	if identity == hiddenNodes {
+		return "" // it tells nothing from anything
+	}
+	return identity
+}
+
+// continues tells whether i is a later state of what was before: the index has
+// not fallen, and one node at least is still there, unless a token hides nodes.
 func (i incarnation) continues(before incarnation) bool {
 	if i.index < before.index {
 		return false
 	}
-	if len(i.nodes)+len(before.nodes) == 0 {
-		return true // none that this token may see
+	if i.limited || before.limited || len(i.nodes)+len(before.nodes) == 0 {
+		return true
 	}
 	for key := range i.nodes {
 		if before.nodes[key] {

@@ -2,6 +2,7 @@ package consul
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"net/http"
@@ -142,8 +143,12 @@ func TestRestartKeeps(t *testing.T) {
 // may see less than before, none at all, or no file takes nothing away.
 func TestTokens(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "token")
-	write := func(token string) {
-		if err := os.WriteFile(file, []byte(token+"\n"), 0o600); err != nil {
+	write := func(token string) { // by rename, as whoever rotates tokens does: half a token is another one
+		next := file + ".next"
+		if err := os.WriteFile(next, []byte(token+"\n"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Rename(next, file); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -156,24 +161,13 @@ func TestTokens(t *testing.T) {
 	enough := w.token("enough", `service_prefix "" { policy = "read" } node_prefix "" { policy = "read" }`)
 	less := w.token("less", `service_prefix "" { policy = "read" }`)
 
-	again := func() { // a change, so that the next query goes out with the new token
-		w.put("a", "127.0.0.1", port, meta("acme"), func(r *api.AgentServiceRegistration) { r.Tags = []string{fmt.Sprint(time.Now())} })
-	}
-	write(enough)
-	again()
-	again()
 	write(less)
-	again()
-	again()
-	w.problem("consul_token_limited")
 	w.have("a token that sees no nodes", a+"?")
+	w.problem("consul_token_limited")
 	write(enough)
-	again()
 	w.have("one that sees enough", a)
 	w.noProblem()
 	write("00000000-0000-4000-8000-0000000000ff")
-	again()
-	again()
 	w.have("a token that Consul does not know", a+"?")
 	w.problem("source_stale")
 	write(enough)
@@ -181,8 +175,7 @@ func TestTokens(t *testing.T) {
 	if err := os.Remove(file); err != nil {
 		t.Fatal(err)
 	}
-	again()
-	again()
+	w.put("a", "127.0.0.1", port, meta("acme"), func(r *api.AgentServiceRegistration) { r.Tags = []string{"wakes the query"} })
 	w.have("no file", a+"?")
 	w.until("it says so", func(c *discovery.Catalog) string {
 		if text := c.Sources[0].LastError; !strings.Contains(text, "token file") {
@@ -194,6 +187,43 @@ func TestTokens(t *testing.T) {
 	w.have("the file is back", a)
 	w.must(w.client.Agent().ServiceDeregister("a"))
 	w.have("deregistered")
+	w.noProblem()
+}
+
+// TestAnotherConsul: behind one address another Consul takes the place of the
+// first, with an index that is higher.
+func TestAnotherConsul(t *testing.T) {
+	first := newWorldAt(t, binaries.StartConsul(t, binaries.ConsulConfig{}))
+	lives, _ := listen(t)
+	dies, stop := listen(t)
+	stop()
+	first.put("a", "127.0.0.1", lives, meta("acme"))
+	first.put("b", "127.0.0.1", dies, meta("acme"))
+	d := newDoor(t, first.agent.HTTPAddr)
+	first.watch(Config{Address: "http://" + d.Addr().String()})
+	a := fmt.Sprintf("acme/shop/a 127.0.0.1:%d passing w1", lives)
+	first.have("the first", a, fmt.Sprintf("acme/shop/b 127.0.0.1:%d passing w1", dies))
+
+	second := newWorldAt(t, binaries.StartConsul(t, binaries.ConsulConfig{Node: "h2"}))
+	for range 50 { // its index overtakes
+		second.put("c", "10.0.0.3", 80, meta("globex"), func(r *api.AgentServiceRegistration) { r.Tags = []string{rand.Text()} })
+	}
+	d.lead(second.agent.HTTPAddr)
+	first.have("the second", a+"?", "globex/shop/c 10.0.0.3:80 passing w1")
+	first.problem("mass_loss_held")
+	second.put("c", "10.0.0.4", 80, meta("globex"))
+	first.have("it is followed", a+"?", "globex/shop/c 10.0.0.4:80 passing w1")
+	d.lead(first.agent.HTTPAddr)
+	first.until("the first is back", func(c *discovery.Catalog) string {
+		for _, g := range c.Groups {
+			for _, i := range g.Instances {
+				if i.ID == "a" && !i.Stale {
+					return ""
+				}
+			}
+		}
+		return "held"
+	})
 }
 
 // TestManyOverHTTP2: 300 services share a few connections.

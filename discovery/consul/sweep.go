@@ -220,9 +220,10 @@ func (w *watcher) look(ctx context.Context, worth int, checksToo bool) (map[plac
 // ask looks once whether a shared service has changed; one that has is given a
 // query of its own, since it is likely to change again.
 func (w *watcher) ask(ctx context.Context, sv *service) {
-	entries, meta, err := w.s.health(ctx, sv.name, 0)
+	from := w.s.begin()
+	entries, meta, err := w.s.health(ctx, sv.name, from)
 	if err == nil {
-		err = w.verify(ctx)
+		err = w.verify(ctx, from)
 	}
 	if err != nil {
 		if errors.Is(err, errAskAgain) {
@@ -243,7 +244,7 @@ func (w *watcher) ask(ctx context.Context, sv *service) {
 	if same {
 		return
 	}
-	if !w.answer(ctx, sv, entries, meta) || first {
+	if !w.answer(ctx, sv, from, entries, meta) || first {
 		return
 	}
 	w.mu.Lock()

@@ -34,6 +34,7 @@ type watcher struct {
 	emit      func(discovery.Update)
 	verifying sync.Mutex // one look at a time; guards last
 	last      incarnation
+	verified  atomic.Uint64 // the suspicions that the last look has settled
 	group     *errgroup.Group
 
 	signal   chan uint64        // one slot: something has changed, at this index
@@ -58,7 +59,7 @@ type watcher struct {
 }
 
 // service is one watched Consul service. Its fields are guarded by the
-// watcher's mu; index and identity, of its last answer, by busy; failures, of
+// watcher's mu; index, asking and identity, of its last answer, by busy; failures, of
 // its asks in sweeps, belongs to those.
 type service struct {
 	name string
@@ -73,6 +74,7 @@ type service struct {
 
 	busy     sync.Mutex
 	index    uint64
+	asking   *asking
 	identity string
 
 	failures int
@@ -95,30 +97,33 @@ func (w *watcher) run(ctx context.Context) error {
 
 // loop asks again and again: ask gets the index to wait for and returns the
 // next. Errors back off; answers are bounded by a token bucket.
-func (w *watcher) loop(ctx context.Context, scope string, index uint64, ask func(index uint64) (uint64, error)) error {
+func (w *watcher) loop(ctx context.Context, scope string, from cursor, ask func(from cursor) (uint64, error)) error {
 	limiter := rate.NewLimiter(rate.Every(answersEvery), answersBurst)
 	for failures := 0; ; {
-		next, err := ask(index)
+		if now := w.s.begin(); from.asking != now.asking {
+			from = now
+		}
+		next, err := ask(from)
 		switch {
 		case ctx.Err() != nil:
 			return ctx.Err()
 		case errors.Is(err, errAskAgain):
-			index = 0
+			from.index = 0
 		case err != nil:
 			failures++
 			w.failed(scope, err)
 			if failures == hopeless {
 				w.giveUp(ctx, scope)
 			}
-			index = 0
+			from.index = 0
 			if !pause(ctx, backoff(failures)) {
 				return ctx.Err()
 			}
 			continue
-		case next < index:
-			index = 0 // the contract: start again
+		case next < from.index:
+			from.index = 0 // the contract: start again
 		default:
-			index = next
+			from.index = next
 		}
 		if failures > 0 && scope == "" {
 			w.emit(discovery.Update{Source: w.s.config.Name, Seen: time.Now()}) // it answers again
@@ -132,14 +137,14 @@ func (w *watcher) loop(ctx context.Context, scope string, index uint64, ask func
 
 func (w *watcher) failed(scope string, err error) {
 	w.s.metrics.errors.Inc()
-	w.s.suspect.Store(true)
+	w.s.suspicions.Add(1)
 	w.emit(discovery.Update{Source: w.s.config.Name, Scope: scope, Err: err})
 }
 
 // giveUp lets the first pass end without a service that fails while Consul
 // answers otherwise.
 func (w *watcher) giveUp(ctx context.Context, scope string) {
-	if scope == "" || w.verify(ctx) != nil {
+	if scope == "" || w.verify(ctx, w.s.begin()) != nil {
 		return
 	}
 	w.mu.Lock()
@@ -159,15 +164,15 @@ func (w *watcher) heard(sv *service) {
 }
 
 func (w *watcher) watchList(ctx context.Context) error {
-	return w.loop(ctx, "", 0, func(index uint64) (uint64, error) {
-		names, meta, err := w.s.list(ctx, index)
+	return w.loop(ctx, "", w.s.begin(), func(from cursor) (uint64, error) {
+		names, meta, err := w.s.list(ctx, from)
 		if err != nil {
 			return 0, err
 		}
-		if meta.LastIndex < index {
-			w.s.suspect.Store(true)
+		if meta.LastIndex < from.index {
+			w.s.suspicions.Add(1)
 		}
-		if err := w.verify(ctx); err != nil {
+		if err := w.verify(ctx, from); err != nil {
 			return 0, err
 		}
 		w.take(ctx, names, meta.ResultsFilteredByACLs)
@@ -178,8 +183,8 @@ func (w *watcher) watchList(ctx context.Context) error {
 }
 
 func (w *watcher) watchChecks(ctx context.Context) error {
-	return w.loop(ctx, "", 0, func(index uint64) (uint64, error) {
-		next, err := w.s.checks(ctx, index)
+	return w.loop(ctx, "", w.s.begin(), func(from cursor) (uint64, error) {
+		next, err := w.s.checks(ctx, from)
 		if err == nil {
 			w.newCheck.Store(true)
 			w.poke(next)
@@ -319,23 +324,23 @@ var errGone = errors.New("service has left the catalog")
 // last answer, whoever got it.
 func (w *watcher) follow(ctx context.Context, sv *service) {
 	sv.busy.Lock()
-	from := sv.index
+	from := cursor{sv.index, sv.asking}
 	sv.busy.Unlock()
-	err := w.loop(ctx, sv.name, from, func(index uint64) (uint64, error) {
-		entries, meta, err := w.s.health(ctx, sv.name, index)
+	err := w.loop(ctx, sv.name, from, func(from cursor) (uint64, error) {
+		entries, meta, err := w.s.health(ctx, sv.name, from)
 		if err != nil {
 			return 0, err
 		}
-		if meta.LastIndex == index {
-			return index, nil // the wait was over, or a wake-up without a change
+		if meta.LastIndex == from.index {
+			return from.index, nil // the wait was over, or a wake-up without a change
 		}
-		if meta.LastIndex < index {
-			w.s.suspect.Store(true)
+		if meta.LastIndex < from.index {
+			w.s.suspicions.Add(1)
 		}
-		if err := w.verify(ctx); err != nil {
+		if err := w.verify(ctx, from); err != nil {
 			return 0, err
 		}
-		if !w.answer(ctx, sv, entries, meta) {
+		if !w.answer(ctx, sv, from, entries, meta) {
 			return 0, errGone
 		}
 		return meta.LastIndex, nil
@@ -346,15 +351,16 @@ func (w *watcher) follow(ctx context.Context, sv *service) {
 // answer emits what one service's answer says. The answer to a query that was
 // ended meanwhile may be older than what has been said since, and says nothing:
 // false.
-func (w *watcher) answer(ctx context.Context, sv *service, entries []*api.ServiceEntry, meta *api.QueryMeta) bool {
+func (w *watcher) answer(ctx context.Context, sv *service, from cursor, entries []*api.ServiceEntry, meta *api.QueryMeta) bool {
 	sv.busy.Lock()
 	defer sv.busy.Unlock()
-	u := discovery.Update{Source: w.s.config.Name, Scope: sv.name, Index: meta.LastIndex, Identity: w.which(), Seen: time.Now(), Regressed: meta.ResultsFilteredByACLs}
+	identity := w.which()
+	u := discovery.Update{Source: w.s.config.Name, Scope: sv.name, Index: meta.LastIndex, Identity: said(identity), Seen: time.Now(), Regressed: meta.ResultsFilteredByACLs}
 	u.Instances, u.Problems = w.s.instances(entries)
 	if !w.say(ctx, sv, u) {
 		return false
 	}
-	sv.index, sv.identity = meta.LastIndex, u.Identity
+	sv.index, sv.asking, sv.identity = meta.LastIndex, from.asking, identity
 	w.complete(meta.LastIndex)
 	return true
 }
@@ -398,5 +404,5 @@ func (w *watcher) complete(index uint64) {
 		scopes = append(scopes, sourceScope)
 	}
 	slices.Sort(scopes)
-	w.emit(discovery.Update{Source: w.s.config.Name, Complete: true, Scopes: scopes, Index: index, Identity: w.identity, Regressed: w.limited, Seen: time.Now()})
+	w.emit(discovery.Update{Source: w.s.config.Name, Complete: true, Scopes: scopes, Index: index, Identity: said(w.identity), Regressed: w.limited, Seen: time.Now()})
 }

@@ -30,8 +30,7 @@ type world struct {
 
 func newWorld(t *testing.T, cc binaries.ConsulConfig, c Config) *world {
 	t.Helper()
-	w := &world{t: t, agent: binaries.StartConsul(t, cc)}
-	w.client = clientOf(t, w.agent)
+	w := newWorldAt(t, binaries.StartConsul(t, cc))
 	switch {
 	case c.Address != "":
 	case w.agent.HTTPSAddr != "":
@@ -41,6 +40,12 @@ func newWorld(t *testing.T, cc binaries.ConsulConfig, c Config) *world {
 	}
 	w.watch(c)
 	return w
+}
+
+// newWorldAt is one that is not watched yet.
+func newWorldAt(t *testing.T, agent *binaries.ConsulAgent) *world {
+	t.Helper()
+	return &world{t: t, agent: agent, client: clientOf(t, agent)}
 }
 
 func clientOf(t *testing.T, a *binaries.ConsulAgent) *api.Client {
