@@ -151,6 +151,7 @@ func newAsking() *asking {
 type cursor struct {
 	index uint64
 	*asking
+	consistent bool // only the newest state will do
 }
 
 // begin is the cursor of a query that does not block.
@@ -189,6 +190,7 @@ func (s *Source) query(ctx context.Context, path, filter string, from cursor, ou
 		return nil, err
 	}
 	defer cancel()
+	o.AllowStale, o.RequireConsistent = !from.consistent, from.consistent
 	defer context.AfterFunc(from.ctx, cancel)()
 	again := &replay{s: s, blocks: from.index > 0, cancel: cancel}
 	o = o.WithContext(httptrace.WithClientTrace(o.Context(), &httptrace.ClientTrace{GotConn: again.connected}))
@@ -287,9 +289,9 @@ type node struct {
 	CreateIndex, ModifyIndex uint64
 }
 
-func (s *Source) nodes(ctx context.Context) ([]node, *api.QueryMeta, error) {
+func (s *Source) nodes(ctx context.Context, from cursor) ([]node, *api.QueryMeta, error) {
 	var nodes []node
-	meta, err := s.query(ctx, "/v1/catalog/nodes", "", s.begin(), &nodes)
+	meta, err := s.query(ctx, "/v1/catalog/nodes", "", from, &nodes)
 	if err != nil {
 		return nil, nil, fmt.Errorf("nodes: %w", err)
 	}

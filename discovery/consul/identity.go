@@ -42,7 +42,12 @@ func (w *watcher) identify(ctx context.Context) error {
 	if suspicions == w.verified.Load() {
 		return nil
 	}
-	nodes, meta, err := w.s.nodes(ctx)
+	was := w.which()
+	from := w.s.begin()
+	// A server that reads its log after a restart answers with an older state
+	// meanwhile. Nothing is compared at the start, which must not need a leader.
+	from.consistent = was != ""
+	nodes, meta, err := w.s.nodes(ctx, from)
 	if err != nil {
 		return err
 	}
@@ -51,7 +56,6 @@ func (w *watcher) identify(ctx context.Context) error {
 	for _, n := range nodes {
 		now.nodes[n.key()] = true
 	}
-	was := w.which()
 	same := now.continues(w.last)
 	w.last = now
 	named := was == hiddenNodes && len(nodes) > 0

@@ -183,7 +183,7 @@ func changes(before, now map[place]position) map[string]bool {
 
 // look reads the indexes of all places; nil when that is not worth it.
 func (w *watcher) look(ctx context.Context, worth int, checksToo bool) (map[place]position, error) {
-	nodes, _, err := w.s.nodes(ctx)
+	nodes, _, err := w.s.nodes(ctx, w.s.begin())
 	if err != nil || len(nodes) > worth {
 		return nil, err
 	}

@@ -324,7 +324,7 @@ var errGone = errors.New("service has left the catalog")
 // last answer, whoever got it.
 func (w *watcher) follow(ctx context.Context, sv *service) {
 	sv.busy.Lock()
-	from := cursor{sv.index, sv.asking}
+	from := cursor{index: sv.index, asking: sv.asking}
 	sv.busy.Unlock()
 	err := w.loop(ctx, sv.name, from, func(from cursor) (uint64, error) {
 		entries, meta, err := w.s.health(ctx, sv.name, from)
