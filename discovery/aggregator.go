@@ -5,12 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net"
 	"net/netip"
 	"sync"
 	"sync/atomic"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sync/errgroup"
 )
 
@@ -30,19 +30,23 @@ type Config struct {
 	// nothing): those that can be away when Roost starts.
 	Dir      string
 	Remember []string
+	// Guard names the sources of which a mass loss is held. One whose input is
+	// itself an act of the operator, as a file is, is not named.
+	Guard []string
 	// Probe tells whether a held instance still answers; nil dials TCP.
 	Probe func(ctx context.Context, at netip.AddrPort) error
-	// ProbeEvery is the pause between probes of held instances (default 2 s).
+	// ProbeEvery is the first pause between probes of a held instance that
+	// answers (default 2 s).
 	ProbeEvery time.Duration
+	Registerer prometheus.Registerer
 }
 
 const (
 	defaultProbeEvery = 2 * time.Second
-	probeTimeout      = time.Second
-	deadAfterProbes   = 3
-	// A change is kept within saveTick, but no more often than saveEvery, and at
+	// tick bounds how late a probe or a write begins.
+	tick = 100 * time.Millisecond
+	// A change is kept at the next tick, but no more often than saveEvery, and at
 	// most a tenth of the time goes into that.
-	saveTick  = 100 * time.Millisecond
 	saveEvery = time.Second
 	saveRest  = 9
 )
@@ -84,8 +88,9 @@ func (a *Aggregator) Catalog() *Catalog { return a.catalog.Load() }
 // Changed is poked after a new Catalog was published; newest wins.
 func (a *Aggregator) Changed() <-chan struct{} { return a.changed }
 
-// Release lets go of the instances of source that are held although the
-// source no longer lists them.
+// Release lets go of the instances of source ("": of every source) that are held
+// although the source lost them, and of those that it loses within the next
+// seconds.
 func (a *Aggregator) Release(source string) { a.release <- source }
 
 // Run starts the sources and merges what they emit until ctx ends. The error
@@ -104,8 +109,7 @@ func (a *Aggregator) Run(ctx context.Context) error {
 			return nil
 		})
 	}
-	dead := make(chan probeResult, 64)
-	group.Go(func() error { return a.loop(ctx, m, dead, group) })
+	group.Go(func() error { return a.loop(ctx, m, group) })
 	err := group.Wait()
 	a.config.keep(m.due())
 	if errors.Is(err, context.Canceled) {
@@ -114,11 +118,10 @@ func (a *Aggregator) Run(ctx context.Context) error {
 	return err
 }
 
-func (a *Aggregator) loop(ctx context.Context, m *merge, results chan probeResult, group *errgroup.Group) error {
-	probe := time.NewTicker(a.config.ProbeEvery)
-	defer probe.Stop()
-	save := time.NewTicker(saveTick)
-	defer save.Stop()
+func (a *Aggregator) loop(ctx context.Context, m *merge, group *errgroup.Group) error {
+	probes := newProber(a.config, group)
+	ticker := time.NewTicker(tick)
+	defer ticker.Stop()
 	var saving chan []string // nil: nothing is being written
 	var began, rested time.Time
 	for {
@@ -135,13 +138,13 @@ func (a *Aggregator) loop(ctx context.Context, m *merge, results chan probeResul
 			}
 		case name := <-a.release:
 			changed = m.releaseHeld(name)
-		case r := <-results:
-			changed = m.probed(r)
-		case <-probe.C:
-			a.startProbes(ctx, m, results, group)
-		case now := <-save.C:
+		case r := <-probes.results:
+			changed = m.probed(probes.more(r)...)
+		case now := <-ticker.C:
+			changed = m.tick()
+			probes.start(ctx, m)
 			if saving != nil || now.Before(rested) {
-				continue
+				break
 			}
 			if list := m.due(); len(list) > 0 {
 				saving, began = make(chan []string, 1), now
@@ -157,6 +160,7 @@ func (a *Aggregator) loop(ctx context.Context, m *merge, results chan probeResul
 		}
 		if changed {
 			a.publish(m.catalog())
+			probes.start(ctx, m)
 		}
 	}
 }
@@ -185,47 +189,4 @@ func (a *Aggregator) publish(c *Catalog) {
 	case a.changed <- struct{}{}:
 	default:
 	}
-}
-
-type probeResult struct {
-	source string
-	id     instanceID
-	alive  bool
-}
-
-func (a *Aggregator) startProbes(ctx context.Context, m *merge, results chan probeResult, group *errgroup.Group) {
-	for source, s := range m.sources {
-		for id, h := range s.held {
-			if h.probing {
-				continue
-			}
-			h.probing = true
-			at := netip.AddrPortFrom(h.instance.Address, firstPort(h.instance))
-			group.Go(func() error {
-				ctx, cancel := context.WithTimeout(ctx, probeTimeout)
-				defer cancel()
-				r := probeResult{source: source, id: id, alive: a.config.Probe(ctx, at) == nil}
-				select {
-				case results <- r:
-				case <-ctx.Done():
-				}
-				return nil
-			})
-		}
-	}
-}
-
-func firstPort(i *Instance) uint16 {
-	if len(i.Ports) == 0 {
-		return 0
-	}
-	return i.Ports[0].Number
-}
-
-func dial(ctx context.Context, at netip.AddrPort) error {
-	conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", at.String())
-	if err != nil {
-		return err
-	}
-	return conn.Close()
 }

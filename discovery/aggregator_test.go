@@ -3,11 +3,13 @@ package discovery
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -54,11 +56,13 @@ func run(t *testing.T, c Config, f func(b *bench)) {
 		b := &bench{}
 		source := script{make(chan Update)}
 		c.Sources = append(c.Sources, source)
-		c.Probe = func(_ context.Context, at netip.AddrPort) error {
-			if _, dead := b.dead.Load(at); dead {
-				return errors.New("refused")
+		if c.Probe == nil {
+			c.Probe = func(_ context.Context, at netip.AddrPort) error {
+				if _, dead := b.dead.Load(at); dead {
+					return errors.New("refused")
+				}
+				return nil
 			}
-			return nil
 		}
 		b.Aggregator = NewAggregator(c)
 		b.say = func(u Update) { source.updates <- u; synctest.Wait() }
@@ -163,6 +167,40 @@ func TestLostStateIsHeld(t *testing.T) {
 		synctest.Wait()
 		b.want(t, "released", "")
 	})
+}
+
+// TestProbesAreQuick: they begin at once, and thousands of silent instances are
+// through within 30 s.
+func TestProbesAreQuick(t *testing.T) {
+	for name, c := range map[string]struct {
+		n      int
+		within time.Duration
+		probe  func(ctx context.Context) error
+	}{
+		"refused":     {1, 700 * time.Millisecond, func(context.Context) error { return syscall.ECONNREFUSED }},
+		"silent":      {1, 5 * time.Second, func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() }},
+		"many silent": {4000, 30 * time.Second, func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() }},
+	} {
+		t.Run(name, func(t *testing.T) {
+			probe := func(ctx context.Context, _ netip.AddrPort) error { return c.probe(ctx) }
+			run(t, Config{Probe: probe}, func(b *bench) {
+				var list []Instance
+				for n := range c.n {
+					list = append(list, at(fmt.Sprint(n), "10.0.0.1:80"))
+				}
+				b.say(Update{Scope: "shop", Instances: list, Index: 50})
+				b.say(Update{Scope: "shop", Index: 3})
+				if s := b.Catalog().Sources[0]; s.Held != c.n {
+					t.Errorf("%d are held", s.Held)
+				}
+				pass(c.within)
+				synctest.Wait()
+				if s := b.Catalog().Sources[0]; s.Held != 0 {
+					t.Errorf("%d are still held after %v", s.Held, c.within)
+				}
+			})
+		})
+	}
 }
 
 // TestLastGoodState: a restart goes on with what was kept, marked stale; a file

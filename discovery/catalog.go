@@ -79,8 +79,13 @@ type Instance struct {
 	// Wants is what the registration says of the service itself; nil when the
 	// source only lists instances.
 	Wants []WantedPort `json:"wants"`
+	// NodeDown says that it is critical because its whole node is.
+	NodeDown bool `json:"node_down"`
 	// Stale is set by the Aggregator: the source has not confirmed it lately.
 	Stale bool `json:"stale"`
+	// Held is set by the Aggregator: the source lost it in a way that proves
+	// nothing. What is held is stale, too.
+	Held bool `json:"held"`
 }
 
 // Name is the instance's full name where the id alone is unique:
@@ -103,7 +108,7 @@ func sameInstance(a, b *Instance) bool {
 	return a.ID == b.ID && a.Node == b.Node && a.Key == b.Key && a.Address == b.Address &&
 		slices.Equal(a.Ports, b.Ports) && a.Zone == b.Zone && a.Version == b.Version && a.Weight == b.Weight &&
 		a.Health == b.Health && a.NodeAddress == b.NodeAddress && a.Inbound == b.Inbound && a.Origin == b.Origin && a.Source == b.Source &&
-		slices.Equal(a.Wants, b.Wants) && a.Stale == b.Stale
+		slices.Equal(a.Wants, b.Wants) && a.NodeDown == b.NodeDown && a.Stale == b.Stale && a.Held == b.Held
 }
 
 // Problem is a mistake or a danger that a person has to mend. Everything else
@@ -136,8 +141,8 @@ type Update struct {
 	Problems  []Problem
 	Index     uint64    // the source's own index; 0 when it has none
 	Seen      time.Time // when the source's answer had arrived
-	// Regressed says that the source's index fell: its state was lost or
-	// restored, so absence proves nothing and missing instances are held.
+	// Regressed says that the source's state was lost or restored, or that it
+	// hides a part of it, so absence proves nothing and missing instances are held.
 	Regressed bool
 	// Identity tells one incarnation of the source's state from another: a
 	// registry that was wiped, or another one in its place. Where it differs
@@ -169,7 +174,9 @@ type SourceStatus struct {
 	Stale     bool      `json:"stale"`      // its last answer was an error
 	Since     time.Time `json:"since"`      // of Stale's last change
 	LastError string    `json:"last_error"` // "" when it never failed
-	Held      int       `json:"held"`       // instances kept although the source no longer lists them
+	Held      int       `json:"held"`       // instances kept although the source lost them
+	HeldSince time.Time `json:"held_since"` // zero when none is
+	HeldWhy   string    `json:"held_why"`   // "" when none is
 }
 
 // Catalog is every instance that is known, at one moment. It is immutable.

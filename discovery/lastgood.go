@@ -40,7 +40,15 @@ func (m *merge) load() {
 		}
 		for name, scope := range kept.Scopes {
 			m.set(s, name, scope)
+			s.top = max(s.top, scope.Index)
+			for _, i := range scope.Instances {
+				if i.Held {
+					s.held[idOf(i)] = &heldInstance{instance: i, scope: name}
+					s.status.HeldSince, s.status.HeldWhy = m.now(), "held since before the restart"
+				}
+			}
 		}
+		m.tally(s)
 		s.status.Ready, s.status.Stale, s.status.Since = true, true, m.now()
 		s.status.LastError = "not asked yet since the start"
 		m.markStale(s, true)

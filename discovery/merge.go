@@ -1,7 +1,6 @@
 package discovery
 
 import (
-	"fmt"
 	"maps"
 	"slices"
 	"time"
@@ -10,6 +9,7 @@ import (
 // merge is the Aggregator's state, owned by its loop.
 type merge struct {
 	config  Config
+	metrics *metrics
 	sources map[string]*sourceState
 	groups  map[Key]*Group
 	dirty   map[Key]touched
@@ -34,16 +34,23 @@ type instanceID struct {
 func idOf(i *Instance) instanceID { return instanceID{i.Key, i.ID, i.Node} }
 
 type heldInstance struct {
-	instance *Instance
+	instance *Instance // as it is served
+	listed   *Instance // as the source lists it now; nil: not at all
 	scope    string
-	failed   int
-	probing  bool
+	probing
 }
 
 type sourceState struct {
 	status   SourceStatus
 	scopes   map[string]*scopeState
 	held     map[instanceID]*heldInstance
+	returned time.Time       // when one that was held was last listed again
+	limited  map[string]bool // scopes of which the last answer said Regressed
+	reason   string          // why the guard last tripped
+	guard    guard
+	top      uint64          // the highest index of its scopes
+	serving  map[string]int  // instances that take traffic, of each tenant
+	total    int             // and of all
 	troubled map[string]bool // scopes with Problems
 	said     time.Time       // when LastError was last published
 	unsaved  bool
@@ -60,7 +67,7 @@ type scopeState struct {
 }
 
 func newMerge(config Config) *merge {
-	m := &merge{config: config, sources: map[string]*sourceState{}, groups: map[Key]*Group{}, dirty: map[Key]touched{}, where: map[Key]map[where]bool{}, now: time.Now}
+	m := &merge{config: config, metrics: newMetrics(config.Registerer), sources: map[string]*sourceState{}, groups: map[Key]*Group{}, dirty: map[Key]touched{}, where: map[Key]map[where]bool{}, now: time.Now}
 	for _, s := range config.Sources {
 		m.source(s.Name())
 	}
@@ -70,8 +77,13 @@ func newMerge(config Config) *merge {
 func (m *merge) source(name string) *sourceState {
 	s := m.sources[name]
 	if s == nil {
-		s = &sourceState{status: SourceStatus{Name: name}, scopes: map[string]*scopeState{}, held: map[instanceID]*heldInstance{}, troubled: map[string]bool{}}
+		s = &sourceState{status: SourceStatus{Name: name}, scopes: map[string]*scopeState{}, held: map[instanceID]*heldInstance{}, limited: map[string]bool{},
+			guard: newGuard(slices.Contains(m.config.Guard, name)), serving: map[string]int{}, troubled: map[string]bool{}}
 		m.sources[name] = s
+		if s.guard.on { // the series are there before the first loss
+			m.metrics.held.WithLabelValues(name).Set(0)
+			m.metrics.massLoss.WithLabelValues(name).Add(0)
+		}
 	}
 	return s
 }
@@ -150,6 +162,7 @@ func (m *merge) set(s *sourceState, name string, next *scopeState) {
 	at := where{s.status.Name, name}
 	if old := s.scopes[name]; old != nil {
 		for _, i := range old.Instances {
+			s.count(i, -1)
 			if delete(m.where[i.Key], at); len(m.where[i.Key]) == 0 {
 				delete(m.where, i.Key)
 			}
@@ -162,6 +175,7 @@ func (m *merge) set(s *sourceState, name string, next *scopeState) {
 	}
 	s.scopes[name] = next
 	for _, i := range next.Instances {
+		s.count(i, 1)
 		if m.where[i.Key] == nil {
 			m.where[i.Key] = map[where]bool{}
 		}
@@ -169,6 +183,16 @@ func (m *merge) set(s *sourceState, name string, next *scopeState) {
 	}
 	if len(next.problems) > 0 {
 		s.troubled[name] = true
+	}
+}
+
+func (s *sourceState) count(i *Instance, by int) {
+	if !i.Health.Serving() {
+		return
+	}
+	s.total += by
+	if s.serving[i.Key.Tenant] += by; s.serving[i.Key.Tenant] == 0 {
+		delete(s.serving, i.Key.Tenant)
 	}
 }
 
@@ -186,125 +210,217 @@ func (m *merge) completed(s *sourceState, u Update) bool {
 	for _, scope := range u.Scopes {
 		listed[scope] = true
 	}
+	for scope := range s.limited {
+		if !listed[scope] && !u.Regressed {
+			delete(s.limited, scope)
+		}
+	}
 	for scope := range s.scopes {
 		if listed[scope] {
 			continue
 		}
-		changed = m.replace(s, Update{Source: u.Source, Scope: scope, Index: u.Index, Seen: u.Seen, Identity: u.Identity, Regressed: u.Regressed}) || changed
+		changed = m.replace(s, Update{Source: u.Source, Scope: scope, Complete: true, Index: u.Index, Seen: u.Seen, Identity: u.Identity, Regressed: u.Regressed}) || changed
 	}
 	return changed
 }
 
-// replace swaps one scope's instances. Where the source's index fell, what is
-// missing is held instead of removed.
+// replacement is a scope on its way from one state to the next.
+type replacement struct {
+	*merge
+	s       *sourceState
+	u       Update
+	now     time.Time
+	before  map[instanceID]*Instance // what the update has not listed so far
+	next    *scopeState
+	at      touched
+	changed bool
+	lost    []*loss
+}
+
+// replace swaps one scope's instances. Where the source's state was lost, what is
+// missing is held instead of removed; where too much is missing, too.
 func (m *merge) replace(s *sourceState, u Update) bool {
 	old := s.scopes[u.Scope]
 	if old == nil {
 		old = &scopeState{}
 	}
-	before := map[instanceID]*Instance{}
+	r := &replacement{merge: m, s: s, u: u, now: m.now(), before: make(map[instanceID]*Instance, len(old.Instances)), at: touched{u.Index, u.Seen},
+		next: &scopeState{Index: u.Index, Identity: u.Identity, problems: u.Problems}}
 	for _, i := range old.Instances {
-		before[idOf(i)] = i
+		r.before[idOf(i)] = i
 	}
-	regressed := u.Regressed || u.Index != 0 && u.Index < old.Index || u.Identity != "" && old.Identity != "" && u.Identity != old.Identity
-	next := &scopeState{Index: u.Index, Identity: u.Identity, problems: u.Problems}
-	changed := len(u.Problems) != len(old.problems) || !slices.EqualFunc(u.Problems, old.problems, sameProblem)
-	at := touched{u.Index, u.Seen}
+	r.changed = len(u.Problems) != len(old.problems) || !slices.EqualFunc(u.Problems, old.problems, sameProblem)
+	another := u.Index != 0 && u.Index < old.Index || u.Identity != "" && old.Identity != "" && u.Identity != old.Identity
+	if another { // its indexes begin anew
+		s.guard.forget()
+		s.top = u.Index
+	}
 	for n := range u.Instances {
 		i := u.Instances[n]
 		i.Source = u.Source
 		i.Weight = max(i.Weight, 1)
-		id := idOf(&i)
-		delete(s.held, id)
-		if b := before[id]; b != nil && sameInstance(b, &i) {
-			next.Instances = append(next.Instances, b)
-		} else {
-			next.Instances = append(next.Instances, &i)
-			changed = true
-			m.touch(i.Key, at)
-		}
-		delete(before, id)
+		r.list(&i)
 	}
-	for id, i := range before {
-		if h := s.held[id]; h != nil || regressed {
-			next.Instances = append(next.Instances, m.hold(s, u.Scope, i, at))
-			changed = changed || h == nil
+	// The same state cannot lack what it had: the source hides it.
+	unmoved := s.guard.on && !u.Complete && u.Index != 0 && u.Index == old.Index
+	r.miss(another || u.Regressed || unmoved)
+	s.limit(u.Scope, u.Regressed)
+	s.unsaved = s.unsaved || r.changed || r.next.Index != old.Index || r.next.Identity != old.Identity
+	if len(r.next.Instances) == 0 && len(r.next.problems) == 0 {
+		r.next = nil
+	}
+	m.set(s, u.Scope, r.next)
+	for _, l := range r.lost {
+		s.guard.lost(l, s.top)
+	}
+	if len(r.lost) > 0 {
+		m.guardLosses(s)
+	}
+	s.top = max(s.top, u.Index)
+	return m.tally(s) || r.changed
+}
+
+// list takes over an instance that the update lists.
+func (r *replacement) list(i *Instance) {
+	s, id := r.s, idOf(i)
+	b := r.before[id]
+	delete(r.before, id)
+	h := s.held[id]
+	if h != nil && i.NodeDown {
+		h.listed = i
+		r.next.Instances = append(r.next.Instances, h.instance)
+		return
+	}
+	if h != nil {
+		delete(s.held, id)
+		s.returned = r.now
+	}
+	if s.guard.on && !i.NodeDown && !s.guard.back(id) && b == nil && s.complete {
+		s.guard.gained(id, r.now)
+	}
+	if s.guard.on && i.NodeDown && b != nil && b.Health.Serving() {
+		r.lost = append(r.lost, &loss{instance: b, scope: r.u.Scope, index: r.u.Index, at: r.now, nodeDown: true, listed: i})
+	}
+	if b != nil && sameInstance(b, i) {
+		r.next.Instances = append(r.next.Instances, b)
+		return
+	}
+	r.next.Instances = append(r.next.Instances, i)
+	r.changed = true
+	r.touch(i.Key, r.at)
+}
+
+// miss removes, or holds, what the update does not list.
+func (r *replacement) miss(proves bool) {
+	s := r.s
+	hold := proves && s.guard.armed(r.now)
+	for id, i := range r.before {
+		if h := s.held[id]; h != nil || hold {
+			if h == nil {
+				s.reason = "its state was lost or restored, or it hides a part of it"
+			}
+			r.next.Instances = append(r.next.Instances, r.hold(s, r.u.Scope, i, nil, r.at))
 			continue
 		}
-		changed = true
-		m.touch(i.Key, at)
-	}
-	s.unsaved = s.unsaved || changed || next.Index != old.Index || next.Identity != old.Identity
-	if s.status.Held != len(s.held) {
-		s.status.Held, changed = len(s.held), true
-	}
-	if len(next.Instances) == 0 && len(next.problems) == 0 {
-		next = nil
-	}
-	m.set(s, u.Scope, next)
-	return changed
-}
-
-func (m *merge) hold(s *sourceState, scope string, i *Instance, at touched) *Instance {
-	id := idOf(i)
-	if h := s.held[id]; h != nil {
-		return h.instance
-	}
-	kept := *i
-	kept.Stale = true
-	s.held[id] = &heldInstance{instance: &kept, scope: scope}
-	m.touch(i.Key, at)
-	m.config.Log.Warn("source lost an instance without a deregistration, it is held", "source", s.status.Name, "instance", i.QualifiedName())
-	return &kept
-}
-
-func (m *merge) probed(r probeResult) bool {
-	s := m.sources[r.source]
-	h := s.held[r.id]
-	if h == nil {
-		return false
-	}
-	h.probing = false
-	if r.alive {
-		h.failed = 0
-		return false
-	}
-	if h.failed++; h.failed < deadAfterProbes {
-		return false
-	}
-	return m.letGo(s, r.id)
-}
-
-func (m *merge) letGo(s *sourceState, id instanceID) bool {
-	h := s.held[id]
-	delete(s.held, id)
-	s.status.Held = len(s.held)
-	scope := s.scopes[h.scope]
-	if scope == nil {
-		return false
-	}
-	kept := &scopeState{Index: scope.Index, Identity: scope.Identity, problems: scope.problems}
-	for _, i := range scope.Instances {
-		if idOf(i) != id {
-			kept.Instances = append(kept.Instances, i)
+		r.changed = true
+		r.touch(i.Key, r.at)
+		if l := s.guard.byID[id]; l != nil {
+			l.listed = nil // its node is gone altogether
+		}
+		if s.guard.on && i.Health.Serving() {
+			r.lost = append(r.lost, &loss{instance: i, scope: r.u.Scope, index: r.u.Index, at: r.now})
 		}
 	}
-	m.set(s, h.scope, kept)
-	s.unsaved = true
-	m.touch(id.key, touched{scope.Index, m.now()})
-	m.config.Log.Info("held instance is gone", "source", s.status.Name, "instance", h.instance.QualifiedName())
+}
+
+func (s *sourceState) limit(scope string, limited bool) {
+	if limited {
+		s.limited[scope] = true
+	} else {
+		delete(s.limited, scope)
+	}
+}
+
+// tally brings the status up to date and tells whether the number of held
+// instances has changed.
+func (m *merge) tally(s *sourceState) bool {
+	if s.status.Held == len(s.held) {
+		return false
+	}
+	if s.status.Held = len(s.held); s.status.Held == 0 {
+		s.status.HeldSince, s.status.HeldWhy, s.returned = time.Time{}, "", time.Time{}
+	}
+	m.metrics.held.WithLabelValues(s.status.Name).Set(float64(s.status.Held))
 	return true
 }
 
+// hold keeps i, which the source lists as listed or, where that is nil, no longer.
+func (m *merge) hold(s *sourceState, scope string, i, listed *Instance, at touched) *Instance {
+	id := idOf(i)
+	if h := s.held[id]; h != nil {
+		h.listed = listed
+		return h.instance
+	}
+	if len(s.held) == 0 {
+		s.status.HeldSince, s.returned = m.now(), time.Time{}
+		m.metrics.massLoss.WithLabelValues(s.status.Name).Inc()
+		m.config.Log.Warn("source lost instances without a deregistration of each, they are held", "source", s.status.Name, "why", s.reason, "first", i.QualifiedName())
+	}
+	s.status.HeldWhy = s.reason
+	kept := *i
+	kept.Stale, kept.Held = true, true
+	s.held[id] = &heldInstance{instance: &kept, listed: listed, scope: scope}
+	m.touch(i.Key, at)
+	return &kept
+}
+
+// letGo ends the holding of instances, and tells whether there were any: what the
+// source says of them holds.
+func (m *merge) letGo(s *sourceState, ids []instanceID) bool {
+	going := map[string]map[instanceID]*heldInstance{}
+	for _, id := range ids {
+		h := s.held[id]
+		if going[h.scope] == nil {
+			going[h.scope] = map[instanceID]*heldInstance{}
+		}
+		going[h.scope][id] = h
+		delete(s.held, id)
+	}
+	for name, scoped := range going {
+		scope := s.scopes[name]
+		next := *scope
+		next.Instances = nil
+		for _, i := range scope.Instances {
+			h := scoped[idOf(i)]
+			if h == nil {
+				next.Instances = append(next.Instances, i)
+				continue
+			}
+			if h.listed != nil {
+				listed := *h.listed
+				listed.Stale = s.status.Stale
+				next.Instances = append(next.Instances, &listed)
+			}
+			m.touch(i.Key, touched{scope.Index, m.now()})
+			m.config.Log.Info("held instance is let go", "source", s.status.Name, "instance", i.QualifiedName())
+		}
+		m.set(s, name, &next)
+		s.unsaved = true
+	}
+	return m.tally(s)
+}
+
+// releaseHeld lets go of all that is held of a source ("": of all), and lets pass
+// what it loses within the next window.
 func (m *merge) releaseHeld(name string) bool {
 	changed := false
 	for source, s := range m.sources {
 		if name != "" && source != name {
 			continue
 		}
-		for id := range s.held {
-			changed = m.letGo(s, id) || changed
-		}
+		s.guard.forget()
+		s.guard.disarmed = m.now().Add(lossWindow)
+		changed = m.letGo(s, slices.Collect(maps.Keys(s.held))) || changed
 	}
 	return changed
 }
@@ -357,9 +473,7 @@ func (m *merge) sourceProblems(s *sourceState) []Problem {
 			Fix:     "look at the source; nothing has to be done here when it answers again", Since: s.status.Since})
 	}
 	if s.status.Held > 0 {
-		problems = append(problems, Problem{Code: "mass_loss_held", Severity: SeverityWarning, Object: s.status.Name, Place: s.status.Name,
-			Message: fmt.Sprintf("its state was lost or restored: %d instances that it no longer lists are kept while they answer", s.status.Held),
-			Fix:     "register the instances again, or let go of them by stopping them", Since: s.status.Since})
+		problems = append(problems, heldProblem(s))
 	}
 	for _, name := range slices.Sorted(maps.Keys(s.troubled)) {
 		problems = append(problems, s.scopes[name].problems...)

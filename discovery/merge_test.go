@@ -195,7 +195,14 @@ func TestProbesBeginAnew(t *testing.T) {
 	a := at("a", "10.0.0.1:80")
 	m.apply(Update{Source: "consul", Scope: "shop", Instances: []Instance{a}, Index: 9})
 	m.apply(Update{Source: "consul", Scope: "shop", Index: 1})
-	probe := func(alive bool) bool { return m.probed(probeResult{"consul", idOf(&a), alive}) }
+	probe := func(alive bool) bool {
+		m.sources["consul"].held[idOf(&a)].running = true
+		r := probeResult{source: "consul", id: idOf(&a)}
+		if !alive {
+			r.err = errors.New("silent")
+		}
+		return m.probed(r)
+	}
 	for _, alive := range []bool{false, false, true, false, false} {
 		if probe(alive) {
 			t.Error("it is gone")
@@ -204,7 +211,7 @@ func TestProbesBeginAnew(t *testing.T) {
 	if !probe(false) || len(m.catalog().Groups) != 0 || m.sources["consul"].status.Held != 0 {
 		t.Error("it stays")
 	}
-	if probe(false) {
+	if m.probed(probeResult{source: "consul", id: idOf(&a), err: errors.New("late")}) {
 		t.Error("a probe of one that has gone says something")
 	}
 }

@@ -73,6 +73,7 @@ func (r *reader) read(tenant string) {
 	if !label.MatchString(r.i.Key.Service) {
 		r.fail("instance_invalid", metaService, fmt.Sprintf("%q is no service name", r.i.Key.Service), "name the service in the meta "+metaService+" by a lower-case DNS label")
 	}
+	r.i.NodeDown = r.i.Health == discovery.Critical && nodeDown(e.Checks)
 	r.address()
 	r.weight()
 	r.ports()
@@ -201,4 +202,13 @@ func health(checks api.HealthChecks) discovery.Health {
 		return discovery.Warning
 	}
 	return discovery.Passing
+}
+
+// serfHealth is the check by which the servers say that a node cannot be reached.
+const serfHealth = "serfHealth"
+
+func nodeDown(checks api.HealthChecks) bool {
+	return slices.ContainsFunc(checks, func(c *api.HealthCheck) bool {
+		return c.CheckID == serfHealth && c.ServiceID == "" && c.Status == api.HealthCritical
+	})
 }
