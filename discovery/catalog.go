@@ -163,8 +163,11 @@ type Update struct {
 type Group struct {
 	Key       Key
 	Instances []*Instance
-	Index     uint64    // source index of the last change
-	Seen      time.Time // when the last change was seen
+	// Of the last change that a source told: its name, its index, and when its
+	// answer had arrived. A mark of staleness is no such change.
+	Source string
+	Index  uint64
+	Seen   time.Time
 }
 
 // SourceStatus is how a source fares.

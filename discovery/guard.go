@@ -260,7 +260,7 @@ func (m *merge) bringBack(s *sourceState, l *loss) {
 	}
 	next := *old
 	id := idOf(l.instance)
-	at := touched{l.index, l.at}
+	at := touched{s.status.Name, l.index, l.at}
 	listed := l.listed
 	next.Instances = slices.DeleteFunc(slices.Clone(old.Instances), func(i *Instance) bool { return idOf(i) == id })
 	next.Instances = append(next.Instances, m.hold(s, l.scope, l.instance, listed, at))

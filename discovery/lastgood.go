@@ -54,7 +54,7 @@ func (m *merge) load() {
 		m.markStale(s, true)
 		for _, scope := range s.scopes {
 			for _, i := range scope.Instances {
-				m.touch(i.Key, touched{})
+				m.touch(i.Key, touched{source: name, index: scope.Index})
 			}
 		}
 	}

@@ -21,9 +21,11 @@ type merge struct {
 // where is one scope of one source.
 type where struct{ source, scope string }
 
+// touched says what changed a group last; the zero value: a mark alone.
 type touched struct {
-	index uint64
-	seen  time.Time
+	source string
+	index  uint64
+	seen   time.Time
 }
 
 type instanceID struct {
@@ -197,7 +199,7 @@ func (s *sourceState) count(i *Instance, by int) {
 }
 
 func (m *merge) touch(k Key, t touched) {
-	if old, ok := m.dirty[k]; ok && t.seen.IsZero() {
+	if old, ok := m.dirty[k]; ok && t.source == "" {
 		t = old
 	}
 	m.dirty[k] = t
@@ -244,7 +246,7 @@ func (m *merge) replace(s *sourceState, u Update) bool {
 	if old == nil {
 		old = &scopeState{}
 	}
-	r := &replacement{merge: m, s: s, u: u, now: m.now(), before: make(map[instanceID]*Instance, len(old.Instances)), at: touched{u.Index, u.Seen},
+	r := &replacement{merge: m, s: s, u: u, now: m.now(), before: make(map[instanceID]*Instance, len(old.Instances)), at: touched{u.Source, u.Index, u.Seen},
 		next: &scopeState{Index: u.Index, Identity: u.Identity, problems: u.Problems}}
 	for _, i := range old.Instances {
 		r.before[idOf(i)] = i
@@ -401,7 +403,7 @@ func (m *merge) letGo(s *sourceState, ids []instanceID) bool {
 				listed.Stale = s.status.Stale
 				next.Instances = append(next.Instances, &listed)
 			}
-			m.touch(i.Key, touched{scope.Index, m.now()})
+			m.touch(i.Key, touched{s.status.Name, scope.Index, m.now()})
 			m.config.Log.Info("held instance is let go", "source", s.status.Name, "instance", i.QualifiedName())
 		}
 		m.set(s, name, &next)
@@ -457,9 +459,12 @@ func (m *merge) regroup() {
 			delete(groups, key)
 			continue
 		}
+		if old := m.groups[key]; old != nil && at.source == "" {
+			at = touched{old.Source, old.Index, old.Seen}
+		}
 		slices.SortStableFunc(list, compareInstances)
 		list = slices.CompactFunc(list, func(a, b *Instance) bool { return idOf(a) == idOf(b) })
-		groups[key] = &Group{Key: key, Instances: list, Index: at.index, Seen: at.seen}
+		groups[key] = &Group{Key: key, Instances: list, Source: at.source, Index: at.index, Seen: at.seen}
 	}
 	m.groups = groups
 	clear(m.dirty)

@@ -104,8 +104,12 @@ func TestUntouchedGroupsKeepTheirPointer(t *testing.T) {
 	if after.Groups[cart.Key] != before.Groups[cart.Key] {
 		t.Error("another service's group is new")
 	}
-	if g := after.Groups[shop]; g == before.Groups[shop] || g.Index != 3 || !g.Seen.Equal(time.Unix(9, 0)) {
+	if g := after.Groups[shop]; g == before.Groups[shop] || g.Source != "consul" || g.Index != 3 || !g.Seen.Equal(time.Unix(9, 0)) {
 		t.Errorf("%+v", g)
+	}
+	m.apply(Update{Source: "consul", Err: errors.New("no leader")})
+	if g := m.catalog().Groups[shop]; !g.Instances[0].Stale || g.Source != "consul" || g.Index != 3 || !g.Seen.Equal(time.Unix(9, 0)) {
+		t.Errorf("a mark counts as a change: %+v", g)
 	}
 	if before.Groups[shop].Instances[0].Address.String() != "10.0.0.1" {
 		t.Error("a published group was written to")
