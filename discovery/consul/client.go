@@ -23,6 +23,9 @@ import (
 const (
 	// blockFor is how long Consul holds a query without a change.
 	blockFor = 5 * time.Minute
+	// briefly is the same where the token may not see all: a policy that lets it see
+	// more wakes no query.
+	briefly = 2 * time.Second
 	// answerWithin bounds a query that does not block.
 	answerWithin = 10 * time.Second
 	dialTimeout  = 5 * time.Second
@@ -92,17 +95,22 @@ func (c *countedConn) Close() error {
 	return c.Conn.Close()
 }
 
-// options are those of a query that blocks from index on; 0 answers at once.
-// Any server may answer: a catalog that is a little old is better than none.
-func (s *Source) options(ctx context.Context, index uint64) (*api.QueryOptions, context.CancelFunc, error) {
+// options are those of a query; with an index of 0 it is answered at once. Any
+// server may answer, unless from says otherwise: a catalog that is a little old is
+// better than none.
+func (s *Source) options(ctx context.Context, from cursor) (*api.QueryOptions, context.CancelFunc, error) {
 	token, err := s.token()
 	if err != nil {
 		return nil, nil, err
 	}
-	o := &api.QueryOptions{AllowStale: true, WaitIndex: index, Token: token}
+	o := &api.QueryOptions{AllowStale: !from.consistent, RequireConsistent: from.consistent, WaitIndex: from.index, Token: token}
 	limit := answerWithin
-	if index > 0 {
-		o.WaitTime = blockFor - time.Duration(rand.Int64N(int64(blockFor/10)))
+	if from.index > 0 {
+		wait := blockFor
+		if from.brief {
+			wait = briefly
+		}
+		o.WaitTime = wait - time.Duration(rand.Int64N(int64(wait/10)))
 		// The server adds up to a sixteenth of its own.
 		limit += o.WaitTime + o.WaitTime/8
 	}
@@ -152,6 +160,7 @@ type cursor struct {
 	index uint64
 	*asking
 	consistent bool // only the newest state will do
+	brief      bool // blocks briefly
 }
 
 // begin is the cursor of a query that does not block.
@@ -185,12 +194,11 @@ func (s *Source) watchToken(ctx context.Context) error {
 
 // query asks for the JSON at path.
 func (s *Source) query(ctx context.Context, path, filter string, from cursor, out any) (*api.QueryMeta, error) {
-	o, cancel, err := s.options(ctx, from.index)
+	o, cancel, err := s.options(ctx, from)
 	if err != nil {
 		return nil, err
 	}
 	defer cancel()
-	o.AllowStale, o.RequireConsistent = !from.consistent, from.consistent
 	defer context.AfterFunc(from.ctx, cancel)()
 	again := &replay{s: s, blocks: from.index > 0, cancel: cancel}
 	o = o.WithContext(httptrace.WithClientTrace(o.Context(), &httptrace.ClientTrace{GotConn: again.connected}))

@@ -143,15 +143,7 @@ func TestRestartKeeps(t *testing.T) {
 // may see less than before, none at all, or no file takes nothing away.
 func TestTokens(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "token")
-	write := func(token string) { // by rename, as whoever rotates tokens does: half a token is another one
-		next := file + ".next"
-		if err := os.WriteFile(next, []byte(token+"\n"), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.Rename(next, file); err != nil {
-			t.Fatal(err)
-		}
-	}
+	write := func(token string) { writeToken(t, file, token) }
 	write(binaries.ConsulToken)
 	w := newWorld(t, binaries.ConsulConfig{TLS: true, ACL: true}, Config{TokenFile: file})
 	port, _ := listen(t)

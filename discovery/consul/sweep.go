@@ -241,7 +241,7 @@ func (w *watcher) ask(ctx context.Context, sv *service) {
 	sv.busy.Lock()
 	first, same := sv.index == 0, sv.index == meta.LastIndex && sv.identity == w.which()
 	sv.busy.Unlock()
-	if same {
+	if same && !w.sees(func() bool { return sv.hidden }) {
 		return
 	}
 	if !w.answer(ctx, sv, from, entries, meta) || first {

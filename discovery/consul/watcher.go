@@ -65,6 +65,7 @@ type service struct {
 	name string
 
 	wanted   bool // the list has it
+	entries  int  // of its last answer
 	empty    bool // its last answer had no member
 	hidden   bool // its last answer lacked what the token may not see
 	answered bool // or given up for the first pass
@@ -165,6 +166,7 @@ func (w *watcher) heard(sv *service) {
 
 func (w *watcher) watchList(ctx context.Context) error {
 	return w.loop(ctx, "", w.s.begin(), func(from cursor) (uint64, error) {
+		from.brief = w.sees(func() bool { return w.limited })
 		names, meta, err := w.s.list(ctx, from)
 		if err != nil {
 			return 0, err
@@ -327,15 +329,24 @@ func (w *watcher) follow(ctx context.Context, sv *service) {
 	from := cursor{index: sv.index, asking: sv.asking}
 	sv.busy.Unlock()
 	err := w.loop(ctx, sv.name, from, func(from cursor) (uint64, error) {
+		from.brief = w.sees(func() bool { return sv.hidden })
 		entries, meta, err := w.s.health(ctx, sv.name, from)
 		if err != nil {
 			return 0, err
 		}
-		if meta.LastIndex == from.index {
+		if meta.LastIndex == from.index && !from.brief {
 			return from.index, nil // the wait was over, or a wake-up without a change
 		}
 		if meta.LastIndex < from.index {
 			w.s.suspicions.Add(1)
+		}
+		if meta.QueryBackend == api.QueryBackendStreaming && meta.DefaultACLPolicy == "deny" && w.sees(func() bool { return len(entries) < sv.entries }) {
+			// A stream does not say whether it hides what it lacks; the answer to a query
+			// that does not block does.
+			entries, meta, err = w.s.health(ctx, sv.name, cursor{asking: from.asking, consistent: true})
+			if err != nil {
+				return 0, err
+			}
 		}
 		if err := w.verify(ctx, from); err != nil {
 			return 0, err
@@ -348,6 +359,13 @@ func (w *watcher) follow(ctx context.Context, sv *service) {
 	_ = err // the end of ctx
 }
 
+// sees asks something under mu.
+func (w *watcher) sees(what func() bool) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return what()
+}
+
 // answer emits what one service's answer says. The answer to a query that was
 // ended meanwhile may be older than what has been said since, and says nothing:
 // false.
@@ -357,7 +375,7 @@ func (w *watcher) answer(ctx context.Context, sv *service, from cursor, entries 
 	identity := w.which()
 	u := discovery.Update{Source: w.s.config.Name, Scope: sv.name, Index: meta.LastIndex, Identity: said(identity), Seen: time.Now(), Regressed: meta.ResultsFilteredByACLs}
 	u.Instances, u.Problems = w.s.instances(entries)
-	if !w.say(ctx, sv, u) {
+	if !w.say(ctx, sv, u, len(entries)) {
 		return false
 	}
 	sv.index, sv.asking, sv.identity = meta.LastIndex, from.asking, identity
@@ -367,7 +385,7 @@ func (w *watcher) answer(ctx context.Context, sv *service, from cursor, entries 
 
 // say emits u and notes what it means for the watching of sv; false when nobody
 // is to hear of sv any more.
-func (w *watcher) say(ctx context.Context, sv *service, u discovery.Update) bool {
+func (w *watcher) say(ctx context.Context, sv *service, u discovery.Update, entries int) bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if ctx.Err() != nil || sv.gone {
@@ -381,6 +399,7 @@ func (w *watcher) say(ctx context.Context, sv *service, u discovery.Update) bool
 		}
 		w.explained[u.Index] = true
 	}
+	sv.entries = entries
 	sv.empty = len(u.Instances) == 0 && len(u.Problems) == 0
 	w.mark(sv, u.Regressed)
 	if sv.empty && !sv.wanted {

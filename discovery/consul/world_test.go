@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"os"
 	"sync"
 	"testing"
 	"time"
@@ -63,7 +64,7 @@ func (w *world) watch(c Config) {
 	w.metrics = prometheus.NewRegistry()
 	c.Registerer = w.metrics
 	w.source = newSource(w.t, c)
-	w.all = discovery.NewAggregator(discovery.Config{Sources: []discovery.Source{w.source}, ProbeEvery: 100 * time.Millisecond})
+	w.all = discovery.NewAggregator(discovery.Config{Sources: []discovery.Source{w.source}, Guard: []string{"consul"}, ProbeEvery: 100 * time.Millisecond, Registerer: w.metrics})
 	var cancel context.CancelFunc
 	w.ctx, cancel = context.WithTimeout(w.t.Context(), time.Minute)
 	done := make(chan error, 1)
@@ -82,14 +83,14 @@ func (w *world) watch(c Config) {
 	})
 }
 
-// gauge is the value of a metric of the source.
+// gauge is the value of a metric, whichever its kind.
 func (w *world) gauge(name string) float64 {
 	w.t.Helper()
 	families, err := w.metrics.Gather()
 	w.must(err)
 	for _, f := range families {
 		if f.GetName() == name {
-			return f.GetMetric()[0].GetGauge().GetValue()
+			return f.GetMetric()[0].GetGauge().GetValue() + f.GetMetric()[0].GetCounter().GetValue()
 		}
 	}
 	w.t.Fatalf("no metric %s", name)
@@ -298,6 +299,18 @@ func (d *door) lead(to string) {
 		_ = c.Close()
 	}
 	d.conns = nil
+}
+
+// writeToken renames, as whoever rotates tokens does: half a token is another one.
+func writeToken(t *testing.T, file, token string) {
+	t.Helper()
+	next := file + ".next"
+	if err := os.WriteFile(next, []byte(token+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(next, file); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // token makes a token with these rules.
