@@ -75,6 +75,8 @@ type guard struct {
 	atIndex map[uint64]int
 	highest uint64
 	base    uint64
+	down    int  // losses that are a dead node's
+	looked  bool // the whole window was weighed since it was last overdrawn
 	// tripped is until when losses of a tenant ("": of all) are held as they come.
 	tripped map[string]time.Time
 	gains   []gain
@@ -99,6 +101,7 @@ func (g *guard) lost(l *loss, top uint64) {
 	g.losses = append(g.losses, l)
 	g.byID[idOf(l.instance)] = l
 	if l.nodeDown {
+		g.down++
 		return
 	}
 	if g.count == 0 {
@@ -130,6 +133,7 @@ func (g *guard) expire(now time.Time) {
 			delete(g.byID, id)
 		}
 		if l.nodeDown {
+			g.down--
 			continue
 		}
 		g.count--
@@ -150,7 +154,38 @@ func (g *guard) explained(l *loss) bool {
 	if l.index == 0 {
 		return false
 	}
-	return g.base <= g.highest && uint64(g.count) <= g.highest-g.base || g.atIndex[l.index] == 1
+	return !g.overdrawn() || g.atIndex[l.index] == 1
+}
+
+// overdrawn tells whether more was lost than there can have been writes.
+func (g *guard) overdrawn() bool {
+	return g.base > g.highest || uint64(g.count) > g.highest-g.base || g.atIndex[0] > 0
+}
+
+// trips tells whether what l's tenant loses is held as it comes.
+func (g *guard) trips(l *loss, now time.Time) bool {
+	return now.Before(g.tripped[""]) || now.Before(g.tripped[l.instance.Key.Tenant])
+}
+
+// settled weighs the newest losses alone, where that is enough: nothing counts, or
+// all that does is held as it comes. Thousands of scopes may tell theirs one by one.
+func (g *guard) settled(newest []*loss, now time.Time) (hold []*loss, ok bool) {
+	if g.down == 0 && !g.overdrawn() {
+		g.looked = false
+		return nil, true
+	}
+	if g.down > 0 || len(g.gains) > 0 || !g.looked {
+		return nil, false
+	}
+	for _, l := range newest {
+		if l.index == 0 || g.atIndex[l.index] == 2 || !g.trips(l, now) {
+			return nil, false // an earlier one may count from now on, or a limit be passed
+		}
+		if !g.explained(l) {
+			hold = append(hold, l)
+		}
+	}
+	return hold, true
 }
 
 // split tells whether two nodes have died.
@@ -210,12 +245,38 @@ func (g *guard) net(list []*loss) []*loss {
 }
 
 // guardLosses holds what counts where it is over the limits.
-func (m *merge) guardLosses(s *sourceState) {
+func (m *merge) guardLosses(s *sourceState, newest []*loss) {
 	g, now := &s.guard, m.now()
 	if !g.armed(now) {
 		return
 	}
-	list := g.counting()
+	list, ok := g.settled(newest, now)
+	if !ok {
+		list = g.counting()
+		g.looked = g.overdrawn()
+		m.weigh(s, list)
+	}
+	for _, l := range list {
+		if !l.settled && g.trips(l, now) {
+			l.settled = true
+			m.bringBack(s, l)
+			g.prolong(l, now)
+		}
+	}
+}
+
+// prolong keeps the guard tripped while losses come.
+func (g *guard) prolong(l *loss, now time.Time) {
+	for _, whose := range []string{"", l.instance.Key.Tenant} {
+		if now.Before(g.tripped[whose]) {
+			g.tripped[whose] = now.Add(lossWindow)
+		}
+	}
+}
+
+// weigh trips the guard where what counts exceeds a limit.
+func (m *merge) weigh(s *sourceState, list []*loss) {
+	g := &s.guard
 	gone, perTenant, goneOf := 0, map[string]int{}, map[string]int{}
 	for _, l := range list {
 		perTenant[l.instance.Key.Tenant]++
@@ -224,32 +285,17 @@ func (m *merge) guardLosses(s *sourceState) {
 			goneOf[l.instance.Key.Tenant]++
 		}
 	}
-	until := now.Add(lossWindow)
+	until := m.now().Add(lossWindow)
+	for _, tenant := range slices.Sorted(maps.Keys(perTenant)) {
+		if of := s.serving[tenant] + goneOf[tenant]; isMass(perTenant[tenant], of, tenantPercent) {
+			g.tripped[tenant] = until
+			s.reason = fmt.Sprintf("more than %d %% of tenant %s's %d instances vanished within %v without a deregistration of each", tenantPercent, tenant, of, lossWindow)
+		}
+	}
 	if of := s.total + gone; isMass(len(list), of, allPercent) {
 		g.tripped[""] = until
-		s.why("", len(list), of)
+		s.reason = fmt.Sprintf("more than %d %% of its %d instances vanished within %v without a deregistration of each", allPercent, of, lossWindow)
 	}
-	for _, tenant := range slices.Sorted(maps.Keys(perTenant)) {
-		if lost, of := perTenant[tenant], s.serving[tenant]+goneOf[tenant]; isMass(lost, of, tenantPercent) {
-			g.tripped[tenant] = until
-			s.why(tenant, lost, of)
-		}
-	}
-	for _, l := range list {
-		if !l.settled && (now.Before(g.tripped[""]) || now.Before(g.tripped[l.instance.Key.Tenant])) {
-			l.settled = true
-			m.bringBack(s, l)
-		}
-	}
-}
-
-// why says for what the guard has tripped, of the worst so far.
-func (s *sourceState) why(tenant string, lost, of int) {
-	whose := "its"
-	if tenant != "" {
-		whose = "tenant " + tenant + "'s"
-	}
-	s.reason = fmt.Sprintf("%d of %s %d instances vanished within %v without a deregistration of each", lost, whose, of, lossWindow)
 }
 
 // bringBack puts a loss into its scope again, held.

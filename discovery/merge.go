@@ -276,7 +276,7 @@ func (m *merge) replace(s *sourceState, u Update) bool {
 		s.guard.lost(l, s.top)
 	}
 	if len(r.lost) > 0 {
-		m.guardLosses(s)
+		m.guardLosses(s, r.lost)
 	}
 	s.top = max(s.top, u.Index)
 	return m.tally(s) || r.changed
@@ -404,10 +404,12 @@ func (m *merge) letGo(s *sourceState, ids []instanceID) bool {
 				next.Instances = append(next.Instances, &listed)
 			}
 			m.touch(i.Key, touched{s.status.Name, scope.Index, m.now()})
-			m.config.Log.Info("held instance is let go", "source", s.status.Name, "instance", i.QualifiedName())
 		}
 		m.set(s, name, &next)
 		s.unsaved = true
+	}
+	if len(ids) > 0 {
+		m.config.Log.Info("held instances are let go", "source", s.status.Name, "number", len(ids), "left", len(s.held))
 	}
 	return m.tally(s)
 }
