@@ -123,13 +123,13 @@ func (d *Daemon) open(ctx context.Context, c *config.Config) (err error) {
 	}
 	d.config.Store(c)
 	d.rec = newReconciler(d, time.Now)
-	d.rec.host = hostAddresses(c.Model)
+	d.rec.catalog, d.rec.proxies, d.rec.host = d.aggregator.Catalog, d.XDS, hostAddresses(c.Model)
 	d.rec.setConfig(c)
 	return nil
 }
 
 func (d *Daemon) sources(c *config.Config) error {
-	cfg := discovery.Config{Sources: []discovery.Source{d.static}, Log: d.log, Dir: filepath.Join(c.DataDir, catalogDir)}
+	cfg := discovery.Config{Sources: []discovery.Source{d.static}, Log: d.log, Dir: filepath.Join(c.DataDir, catalogDir), Registerer: d.Registry}
 	if c.InstancePath != "" {
 		cfg.Sources = append(cfg.Sources, file.New(file.Config{Name: SourceFile, Path: c.InstancePath, Node: c.DefaultNode(), Log: d.log}))
 	}
@@ -141,7 +141,7 @@ func (d *Daemon) sources(c *config.Config) error {
 			return fmt.Errorf("discovery.consul: %w", err)
 		}
 		cfg.Sources = append(cfg.Sources, source)
-		cfg.Remember = append(cfg.Remember, SourceConsul)
+		cfg.Remember, cfg.Guard = append(cfg.Remember, SourceConsul), append(cfg.Guard, SourceConsul)
 	}
 	d.aggregator = discovery.NewAggregator(cfg)
 	return nil

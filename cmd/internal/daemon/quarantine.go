@@ -177,7 +177,7 @@ func (r *reconciler) publishFree() {
 // free ends the quarantine of addresses that nobody can have any more, and says
 // whether a build has to write that down.
 func (r *reconciler) free() bool {
-	due := r.quarantine.due(func(wanted func(string) bool) []xds.Holder { return r.d.XDS.Holders(envoy.Listener, wanted) })
+	due := r.quarantine.due(func(wanted func(string) bool) []xds.Holder { return r.proxies.Holders(envoy.Listener, wanted) })
 	r.clear(due)
 	staged := false
 	for _, rec := range due {

@@ -14,6 +14,7 @@ import (
 	"github.com/roostmesh/roost/discovery"
 	"github.com/roostmesh/roost/lb"
 	"github.com/roostmesh/roost/lb/ledger"
+	"github.com/roostmesh/roost/xds"
 	"github.com/roostmesh/roost/xds/envoy"
 )
 
@@ -31,6 +32,8 @@ const (
 type reconciler struct {
 	d       *Daemon
 	now     func() time.Time
+	catalog func() *discovery.Catalog // the newest
+	proxies proxies                   // those of this replica
 	config  *config.Config
 	objects map[lb.Key]*object
 	unread  map[lb.Key]bool // recorded, and not understood: a newer Roost's
@@ -65,6 +68,12 @@ func (r *reconciler) replicasChanged() <-chan struct{} {
 		return nil
 	}
 	return r.d.group.Changed()
+}
+
+// proxies are what Worlds are published to, and who has what of them.
+type proxies interface {
+	Publish(w envoy.World, c envoy.Change)
+	Holders(t envoy.Type, wanted func(name string) bool) []xds.Holder
 }
 
 func newReconciler(d *Daemon, now func() time.Time) *reconciler {
@@ -156,7 +165,7 @@ func (r *reconciler) setConfig(c *config.Config) {
 // build makes and publishes the next Snapshot. The error is that of the ledger,
 // when something could not be written down: what was staged has not happened.
 func (r *reconciler) build(ctx context.Context) error {
-	catalog := r.d.aggregator.Catalog()
+	catalog := r.catalog()
 	prev := r.d.snapshot.Load()
 	changes := r.record(catalog)
 	var err error
@@ -182,7 +191,7 @@ func (r *reconciler) build(ctx context.Context) error {
 	r.d.Events.Add(append(changes, r.departures.differences(prev, snapshot)...)...)
 	if catalog.Ready || r.served {
 		world := envoy.Translate(r.world, snapshot, r.d.files.Pairs())
-		r.d.XDS.Publish(world, world.Since(r.world))
+		r.proxies.Publish(world, world.Since(r.world))
 		if !r.served {
 			r.quarantine.serving()
 			r.publishFree()
@@ -204,7 +213,7 @@ var errShutdown = errors.New("roost is shutting down")
 func (r *reconciler) tick() bool {
 	due := r.free() || r.dirty
 	marks := r.d.ledger.Marks()
-	for _, key := range append(r.drains.stale(r.d.aggregator.Catalog(), marks), r.spent(marks)...) {
+	for _, key := range append(r.drains.stale(r.catalog(), marks), r.spent(marks)...) {
 		r.stage(func(tx *ledger.Tx) { tx.DeleteMark(key) })
 		due = true
 	}
