@@ -3,8 +3,10 @@ package main
 import (
 	"encoding/json"
 	"fmt"
+	"io"
 	"net/http"
 	"net/url"
+	"os"
 	"slices"
 	"strconv"
 	"strings"
@@ -164,5 +166,44 @@ func discoveryVerb(o *options) *cobra.Command {
 		_, err := o.client().call(cmd.Context(), http.MethodPost, "/api/v1/discovery/release", query, []byte("{}"))
 		return err
 	}})
+	return c
+}
+
+func addressVerb(o *options) *cobra.Command {
+	c := &cobra.Command{Use: "address", Short: "Move the ledger: export, import"}
+	c.AddCommand(
+		&cobra.Command{Use: "export", Short: "The whole ledger as one JSON document on stdout", Args: cobra.NoArgs, RunE: func(cmd *cobra.Command, _ []string) error {
+			data, err := o.client().call(cmd.Context(), http.MethodGet, "/api/v1/addresses/export", nil, nil)
+			if err != nil {
+				return err
+			}
+			_, err = cmd.OutOrStdout().Write(data)
+			return err
+		}},
+		&cobra.Command{Use: "import [FILE]", Short: "Take over addresses and services of an export (default: stdin); what is bound stays", Args: cobra.MaximumNArgs(1), RunE: func(cmd *cobra.Command, args []string) error {
+			in := cmd.InOrStdin()
+			if len(args) == 1 {
+				file, err := os.Open(args[0])
+				if err != nil {
+					return exit(exitBadFile, err)
+				}
+				defer func() { _ = file.Close() }()
+				in = file
+			}
+			data, err := io.ReadAll(in)
+			if err != nil {
+				return exit(exitBadFile, err)
+			}
+			answer, err := o.client().call(cmd.Context(), http.MethodPost, "/api/v1/addresses/import", nil, data)
+			if err != nil {
+				return err
+			}
+			var got admin.Imported
+			if err := json.Unmarshal(answer, &got); err != nil {
+				return exit(exitFailed, err)
+			}
+			return o.print(cmd, got, func(t *table) { t.row("added", got.Added) })
+		}},
+	)
 	return c
 }

@@ -150,9 +150,23 @@ func certificatesVerb(o *options) *cobra.Command {
 		})
 }
 
+// localFlag adds --local, which keeps a list to the replica that answers.
+func localFlag(c *cobra.Command, query url.Values) *cobra.Command {
+	local := c.Flags().Bool("local", false, "only what this replica knows of itself, not the others")
+	run := c.RunE
+	c.RunE = func(cmd *cobra.Command, args []string) error {
+		if *local {
+			query.Set("local", "true")
+		}
+		return run(cmd, args)
+	}
+	return c
+}
+
 func problemsVerb(o *options) *cobra.Command {
-	return &cobra.Command{Use: "problems", Short: "What is wrong now, and the way out", Args: cobra.NoArgs, RunE: func(cmd *cobra.Command, _ []string) error {
-		list, err := fetch[admin.List[admin.Problem]](cmd.Context(), o.client(), "/api/v1/problems", nil)
+	query := url.Values{}
+	return localFlag(&cobra.Command{Use: "problems", Short: "What is wrong now, and the way out", Args: cobra.NoArgs, RunE: func(cmd *cobra.Command, _ []string) error {
+		list, err := fetch[admin.List[admin.Problem]](cmd.Context(), o.client(), "/api/v1/problems", query)
 		if err != nil {
 			return err
 		}
@@ -162,16 +176,25 @@ func problemsVerb(o *options) *cobra.Command {
 		}
 		return o.print(cmd, list, func(t *table) {
 			for _, p := range list.Items {
-				t.row(p.Severity, p.Code, p.Object, p.Place)
+				t.row(p.Severity, p.Code, p.Object, p.Place, onReplica(p.Replica))
 				t.row("", "", p.Message)
 				t.row("", "", "way out: "+p.Fix)
 			}
 		})
-	}}
+	}}, query)
+}
+
+// onReplica names another replica; nothing is this one.
+func onReplica(name *string) string {
+	if name == nil {
+		return ""
+	}
+	return "replica " + *name
 }
 
 func statusVerb(o *options) *cobra.Command {
-	return &cobra.Command{Use: "status [PROXY]", Short: "Proxies, and whether they are up to date", Args: cobra.MaximumNArgs(1), RunE: func(cmd *cobra.Command, args []string) error {
+	query := url.Values{}
+	return localFlag(&cobra.Command{Use: "status [PROXY]", Short: "Proxies, and whether they are up to date", Args: cobra.MaximumNArgs(1), RunE: func(cmd *cobra.Command, args []string) error {
 		if len(args) == 1 {
 			p, err := fetch[admin.Proxy](cmd.Context(), o.client(), "/api/v1/proxies/"+url.PathEscape(args[0]), nil)
 			if err != nil {
@@ -179,12 +202,12 @@ func statusVerb(o *options) *cobra.Command {
 			}
 			return o.print(cmd, p, func(t *table) { proxyRows(t, []admin.Proxy{p}) })
 		}
-		list, err := fetch[admin.List[admin.Proxy]](cmd.Context(), o.client(), "/api/v1/proxies", nil)
+		list, err := fetch[admin.List[admin.Proxy]](cmd.Context(), o.client(), "/api/v1/proxies", query)
 		if err != nil {
 			return err
 		}
 		return o.print(cmd, list, func(t *table) { proxyRows(t, list.Items) })
-	}}
+	}}, query)
 }
 
 var proxyTypes = []string{"cluster", "endpoint", "listener", "route", "secret", "extension"}
@@ -335,29 +358,29 @@ func resolveVerb(o *options) *cobra.Command {
 func eventsVerb(o *options) *cobra.Command {
 	var follow bool
 	var after uint64
+	query := url.Values{}
 	c := &cobra.Command{Use: "events", Short: "What has changed, and how long each step took", Args: cobra.NoArgs, RunE: func(cmd *cobra.Command, _ []string) error {
-		query := url.Values{}
 		if after > 0 {
 			query.Set("after", fmt.Sprint(after))
 		}
 		if follow {
 			return o.follow(cmd.Context(), cmd.OutOrStdout(), query)
 		}
-		list, err := fetch[admin.List[events.Event]](cmd.Context(), o.client(), "/api/v1/events", query)
+		list, err := fetch[admin.List[admin.ReplicaEvent]](cmd.Context(), o.client(), "/api/v1/events", query)
 		if err != nil {
 			return err
 		}
 		return o.print(cmd, list, func(t *table) {
 			t.row("SEQ", "TIME", "KIND", "SUBJECT", "SOURCE", "BUILT", "PUSHED", "ACKED", "BY", "MESSAGE")
 			for _, e := range list.Items {
-				built, pushed, acked := took(e)
-				t.row(e.Seq, e.Time.Local().Format(time.TimeOnly+".000"), e.Kind, subject(e), cause(e), built, pushed, acked, e.Acks, e.Message)
+				built, pushed, acked := took(e.Event)
+				t.row(e.Seq, e.Time.Local().Format(time.TimeOnly+".000"), e.Kind, subject(e.Event), cause(e.Event), built, pushed, acked, e.Acks, e.Message, onReplica(e.Replica))
 			}
 		})
 	}}
 	c.Flags().BoolVarP(&follow, "follow", "f", false, "go on as events happen")
 	c.Flags().Uint64Var(&after, "after", 0, "only events after this sequence number")
-	return c
+	return localFlag(c, query)
 }
 
 func subject(e events.Event) string {

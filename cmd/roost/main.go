@@ -96,7 +96,7 @@ func newRoot() *cobra.Command {
 	}
 	add("run", runVerb(o), envoyVerb(o), bootstrapVerb(o), demoVerb(o), checkVerb(o))
 	add("look", statusVerb(o), servicesVerb(o), instancesVerb(o), routesVerb(o), listenersVerb(o), addressesVerb(o), explainVerb(o), resolveVerb(o), problemsVerb(o), eventsVerb(o), configVerb(o), certificatesVerb(o))
-	add("change", serviceVerb(o), drainVerb(o), undrainVerb(o), discoveryVerb(o), captureVerb(o))
+	add("change", serviceVerb(o), drainVerb(o), undrainVerb(o), addressVerb(o), discoveryVerb(o), captureVerb(o))
 	add("files", validateVerb(o), translateVerb(o), schemaVerb())
 	root.AddCommand(versionVerb(o))
 	return root

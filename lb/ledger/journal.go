@@ -1,7 +1,6 @@
 package ledger
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"encoding/json"
@@ -98,22 +97,24 @@ func (j *Journal) Apply(ctx context.Context, b Batch) error {
 	if j.file == nil {
 		return nil
 	}
-	data, err := json.Marshal(b)
-	if err == nil {
-		_, err = j.file.Write(append(data, '\n'))
-	}
-	if err != nil {
+	if !j.append(b) {
 		_ = j.file.Close()
 		_ = os.Remove(j.path) // half a line, or one missing in between, is worse than none
 		j.file = nil
-		return nil
-	}
-	if j.lines++; j.lines > 2*j.records+journalSlack {
+	} else if j.lines++; j.lines > 2*j.records+journalSlack {
 		if state, err := j.Store.Load(ctx); err == nil {
 			j.restart(state)
 		}
 	}
 	return nil
+}
+
+func (j *Journal) append(b Batch) (written bool) {
+	data, err := json.Marshal(b)
+	if err == nil {
+		_, err = j.file.Write(append(data, '\n'))
+	}
+	return err == nil
 }
 
 // Close implements Store.
@@ -162,24 +163,26 @@ func readJournal(path string) (State, error) {
 	if err != nil {
 		return State{}, fmt.Errorf("journal %s: %w", path, err)
 	}
-	lines := bufio.NewReader(bytes.NewReader(data))
+	begin := []byte(`{"format":"` + journalFormat + `"`)
+	// What follows the last line end is torn.
+	lines := bytes.Split(data, []byte("\n"))
+	lines = lines[:len(lines)-1]
+	if len(lines) == 0 && (bytes.HasPrefix(data, begin) || bytes.HasPrefix(begin, data)) {
+		return State{}, nil
+	}
 	var head journalHead
-	line, err := lines.ReadBytes('\n')
-	if jerr := json.Unmarshal(line, &head); jerr != nil || head.Format != journalFormat {
-		if err != nil {
-			return State{}, nil // torn within its first line
-		}
+	if len(lines) == 0 || json.Unmarshal(lines[0], &head) != nil || head.Format != journalFormat {
 		return State{}, fmt.Errorf("journal %s: it is not a journal of roost's ledger: move it away", path)
 	}
 	s := newReplay(head.State)
-	for {
-		line, err := lines.ReadBytes('\n')
+	for _, line := range lines[1:] {
 		var b Batch
-		if err != nil || json.Unmarshal(line, &b) != nil || b.After != s.generation {
-			return s.state(), nil
+		if json.Unmarshal(line, &b) != nil || b.After != s.generation {
+			break
 		}
 		s.apply(b)
 	}
+	return s.state(), nil
 }
 
 // replay is a State in the making.

@@ -184,6 +184,14 @@ func TestJournalBeginsAnew(t *testing.T) {
 	if got := string(file(t, path)); got != "a letter\nto a friend\n" {
 		t.Errorf("a foreign file was changed to %q", got)
 	}
+	overwrite(t, path, []byte("no line end"))
+	if _, err := j.Load(context.Background()); err == nil || string(file(t, path)) != "no line end" {
+		t.Errorf("a foreign file without a line end: %v", err)
+	}
+	overwrite(t, path, []byte(`{"format":"roost-jour`))
+	if _, err := j.Load(context.Background()); err != nil {
+		t.Errorf("torn within the first line: %v", err)
+	}
 	if _, err := NewJournal(b, dir); err == nil {
 		t.Error("a directory is taken for a journal")
 	}

@@ -65,6 +65,7 @@ func (a *api) register(h huma.API) {
 	get(h, "/api/v1/services", "services", "Services", a.services)
 	a.registerServices(h)
 	a.registerDrains(h)
+	a.registerTransfer(h)
 	get(h, "/api/v1/instances", "instances", "Instances", a.instances)
 	get(h, "/api/v1/routes", "routes", "Routes by listener and match order", a.routes)
 	get(h, "/api/v1/listeners", "listeners", "Listeners", a.listeners)
@@ -251,14 +252,15 @@ func (a *api) resolve(ctx context.Context, in *resolveInput) (*body[dns.Answer],
 	return &body[dns.Answer]{a.d.DNS.Resolve(ctx, at, in.Name, qtype)}, nil
 }
 
-func (a *api) proxies(_ context.Context, f *Filter) (*body[List[Proxy]], error) {
-	var items []Proxy
-	for _, p := range a.d.XDS.Proxies() {
-		if matches(f.Tenant, p.Identity.Tenant) && matches(f.Service, p.Identity.Service) {
-			items = append(items, proxyOf(p))
-		}
-	}
-	return list(items), nil
+type everywhereFilter struct {
+	Filter
+	Everywhere
+}
+
+func (a *api) proxies(_ context.Context, f *everywhereFilter) (*body[List[Proxy]], error) {
+	return list(slices.DeleteFunc(a.allProxies(f.Everywhere), func(p Proxy) bool {
+		return !matches(f.Tenant, value(p.Tenant)) || !matches(f.Service, value(p.Service))
+	})), nil
 }
 
 // ProxyID names a proxy in a path.
@@ -267,11 +269,12 @@ type ProxyID struct {
 }
 
 func (a *api) proxy(_ context.Context, in *ProxyID) (*body[Proxy], error) {
-	p, ok := a.d.XDS.Proxy(unescape(in.ID))
-	if !ok {
+	all := a.allProxies(Everywhere{})
+	n := slices.IndexFunc(all, func(p Proxy) bool { return p.ID == unescape(in.ID) })
+	if n < 0 {
 		return nil, huma.Error404NotFound("no proxy " + in.ID + " is connected or was in the last hour")
 	}
-	return &body[Proxy]{proxyOf(p)}, nil
+	return &body[Proxy]{all[n]}, nil
 }
 
 // unescape undoes one level of percent encoding where the router left it.
@@ -315,16 +318,12 @@ func (a *api) proxyConfig(_ context.Context, in *configInput) (*body[List[Held]]
 	return list(items), nil
 }
 
-func (a *api) problems(_ context.Context, f *Filter) (*body[List[Problem]], error) {
-	var items []Problem
-	for _, p := range a.d.Problems() {
+func (a *api) problems(_ context.Context, f *everywhereFilter) (*body[List[Problem]], error) {
+	return list(slices.DeleteFunc(a.allProblems(f.Everywhere), func(p Problem) bool {
 		tenant, rest, _ := strings.Cut(p.Object, "/")
 		service, _, _ := strings.Cut(rest, "/")
-		if matches(f.Tenant, tenant) && matches(f.Service, service) {
-			items = append(items, problemOf(p))
-		}
-	}
-	return list(items), nil
+		return !matches(f.Tenant, tenant) || !matches(f.Service, service)
+	})), nil
 }
 
 func (a *api) certificates(context.Context, *struct{}) (*body[List[Certificate]], error) {
@@ -333,14 +332,20 @@ func (a *api) certificates(context.Context, *struct{}) (*body[List[Certificate]]
 
 type eventsInput struct {
 	Filter
+	Everywhere
 	After uint64 `query:"after" doc:"events after this sequence number"`
 	Limit int    `query:"limit" default:"1000" minimum:"1" maximum:"10000"`
 }
 
-func (a *api) events(_ context.Context, in *eventsInput) (*body[List[events.Event]], error) {
-	return list(a.d.Events.List(in.After, in.Limit, func(e events.Event) bool {
-		return matches(in.Tenant, value(e.Tenant)) && matches(in.Service, value(e.Service))
-	})), nil
+func (a *api) events(_ context.Context, in *eventsInput) (*body[List[ReplicaEvent]], error) {
+	takes := func(e events.Event) bool {
+		return e.Seq > in.After && matches(in.Tenant, value(e.Tenant)) && matches(in.Service, value(e.Service))
+	}
+	items := mergeEvents(a.d.Events.List(in.After, in.Limit, takes), a.others(in.Everywhere), takes)
+	if more := len(items) - in.Limit; more > 0 && in.After == 0 {
+		items = items[more:]
+	}
+	return list(items[:min(len(items), in.Limit)]), nil
 }
 
 func value(s *string) string {

@@ -90,11 +90,12 @@ type Instance struct {
 	Draining bool              `json:"draining"`
 	Origin   string            `json:"origin"`
 	Stale    bool              `json:"stale"`
+	Held     bool              `json:"held" doc:"its source lost it in a way that proves nothing; it is kept while it answers"`
 }
 
 func instanceOf(i *discovery.Instance, svc *lb.Service) Instance {
 	out := Instance{ID: i.ID, Tenant: i.Key.Tenant, Service: i.Key.Service, Address: i.Address.String(), Ports: map[string]uint16{}, Node: optional(i.Node), Zone: optional(i.Zone),
-		Version: optional(i.Version), Weight: i.Weight, Health: string(i.Health), Draining: draining(i, svc), Origin: i.Origin, Stale: i.Stale}
+		Version: optional(i.Version), Weight: i.Weight, Health: string(i.Health), Draining: draining(i, svc), Origin: i.Origin, Stale: i.Stale, Held: i.Held}
 	for n, p := range i.Ports {
 		if n == 0 {
 			out.Address = netip.AddrPortFrom(i.Address, p.Number).String()
@@ -236,6 +237,7 @@ type Proxy struct {
 	Connected    bool                 `json:"connected"`
 	Since        time.Time            `json:"since"`
 	Types        map[string]ProxyType `json:"types"`
+	Replica      *string              `json:"replica" doc:"null: of this one"`
 }
 
 // ProxyType counts a proxy's resources of one type.
@@ -284,10 +286,11 @@ type Problem struct {
 	Message  string    `json:"message"`
 	Fix      string    `json:"fix"`
 	Since    time.Time `json:"since"`
+	Replica  *string   `json:"replica" doc:"null: of this one"`
 }
 
 func problemOf(p lb.Problem) Problem {
-	return Problem{p.Code, p.Severity, p.Object, optional(p.Place), p.Message, p.Fix, p.Since.UTC()}
+	return Problem{p.Code, p.Severity, p.Object, optional(p.Place), p.Message, p.Fix, p.Since.UTC(), nil}
 }
 
 // Overview is Roost at a glance.
@@ -322,11 +325,17 @@ type Source struct {
 	Stale     bool       `json:"stale"`
 	Since     *time.Time `json:"since"`
 	LastError *string    `json:"last_error"`
-	Held      int        `json:"held"`
+	Held      int        `json:"held" doc:"instances kept although the source lost them"`
+	HeldSince *time.Time `json:"held_since"`
+	HeldWhy   *string    `json:"held_why"`
 }
 
 func sourceOf(s discovery.SourceStatus) Source {
-	out := Source{Name: s.Name, Ready: s.Ready, Stale: s.Stale, LastError: optional(s.LastError), Held: s.Held}
+	out := Source{Name: s.Name, Ready: s.Ready, Stale: s.Stale, LastError: optional(s.LastError), Held: s.Held, HeldWhy: optional(s.HeldWhy)}
+	if !s.HeldSince.IsZero() {
+		t := s.HeldSince.UTC()
+		out.HeldSince = &t
+	}
 	if !s.Since.IsZero() {
 		t := s.Since.UTC()
 		out.Since = &t

@@ -29,6 +29,7 @@ const (
 	idleTimeout   = 2 * time.Minute
 	maxHeaderSize = 64 << 10
 	maxBody       = 1 << 20
+	maxImport     = 64 << 20 // a ledger of 100,000 services
 	shutdownGrace = time.Second
 )
 
@@ -100,7 +101,11 @@ func (a *api) guard(next http.Handler) http.Handler {
 			problem(w, http.StatusForbidden, "Origin "+origin+" may not use this API")
 			return
 		}
-		r.Body = http.MaxBytesReader(w, r.Body, maxBody)
+		limit := int64(maxBody)
+		if r.URL.Path == importPath {
+			limit = maxImport
+		}
+		r.Body = http.MaxBytesReader(w, r.Body, limit)
 		next.ServeHTTP(w, r)
 	})
 }

@@ -88,7 +88,7 @@ func (b *builder) general() {
 	m.AccessLog = lb.AccessLog{Format: b.oneOf(a.Place, "format", a.Format, "json", "text", "none"), Proxies: b.oneOf(a.Place, "proxies", a.Proxies, "gateway", "all"), Errors: b.oneOf(a.Place, "errors", a.Errors, "all", "none")}
 	if k := d.Store.Consul; k != nil {
 		if d.Discovery.Consul == nil {
-			b.bad(k.Place, "consul", "needs discovery.consul, whose connection it uses; write discovery: {consul: {}} for the agent on this host")
+			b.bad(d.Store.Place, "consul", "needs discovery.consul, whose connection it uses; write discovery: {consul: {}} for the agent on this host")
 		}
 		b.config.Store = &Store{cmp.Or(k.Prefix, "roost/")}
 	}
@@ -400,13 +400,14 @@ func ParseService(key lb.Key, body []byte, pools []lb.DedicatedPool) (*lb.Servic
 	d := strict.Decoding{File: "body"}
 	var doc serviceBody
 	d.Decode(body, &doc)
-	if len(d.Errors) > 0 {
-		return nil, d.Errors
+	reading := len(d.Errors)
+	if reading > 0 && doc.String() == (strict.Place{}).String() {
+		return nil, d.Errors // it is no mapping: everything else follows from that
 	}
-	errs := checkKey(doc.Place, key)
 	spec, more := typedService(key, doc.Place, doc.serviceKeys, pools)
-	if errs = append(errs, more...); len(errs) > 0 {
-		return nil, errs
+	errs := append(append(d.Errors, checkKey(doc.Place, key)...), more...)
+	if len(errs) > 0 {
+		return nil, apart(errs, reading)
 	}
 	spec.Origin = "api"
 	return spec, nil

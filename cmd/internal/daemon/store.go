@@ -154,21 +154,13 @@ func (s *sharedStore) remember(state ledger.State) error {
 // followStore takes over what other replicas write, until ctx ends.
 func (d *Daemon) followStore(ctx context.Context) error {
 	for ctx.Err() == nil {
-		state, err := d.shared.Watch(ctx, d.ledger.Generation())
+		err := d.takeNext(ctx)
 		if err == nil {
-			err = d.do(ctx, func(r *reconciler) error { return r.adopt(ctx, state) })
-		} else if errors.Is(err, ledger.ErrLost) {
-			err = d.do(ctx, func(r *reconciler) error { return r.repair(ctx) })
-		}
-		switch {
-		case ctx.Err() != nil:
-			return nil
-		case err == nil:
 			d.shared.failure.Store(nil)
 			continue
 		}
 		text := err.Error()
-		if d.shared.failure.Swap(&text) == nil {
+		if ctx.Err() == nil && d.shared.failure.Swap(&text) == nil {
 			d.log.Warn("the shared ledger cannot be followed; what is known goes on", "error", err)
 		}
 		select {
@@ -177,6 +169,18 @@ func (d *Daemon) followStore(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+// takeNext waits for the next state of the shared store and takes it over.
+func (d *Daemon) takeNext(ctx context.Context) error {
+	state, err := d.shared.Watch(ctx, d.ledger.Generation())
+	if errors.Is(err, ledger.ErrLost) {
+		return d.do(ctx, func(r *reconciler) error { return r.repair(ctx) })
+	}
+	if err != nil {
+		return err
+	}
+	return d.do(ctx, func(r *reconciler) error { return r.adopt(ctx, state) })
 }
 
 // adopt takes over a state of the shared store.
@@ -237,4 +241,28 @@ func (d *Daemon) rememberStore(ctx context.Context) error {
 		}
 		saved = state.Generation
 	}
+}
+
+// Export is the whole ledger as one document.
+func (d *Daemon) Export(ctx context.Context) (data []byte, err error) {
+	var state ledger.State
+	if err := d.look(ctx, func(*reconciler) { state = d.ledger.State() }); err != nil {
+		return nil, err
+	}
+	return ledger.Export(state)
+}
+
+// Import takes over what an export has and this ledger has not. Nothing is taken
+// where the two contradict each other.
+func (d *Daemon) Import(ctx context.Context, data []byte) (added int, err error) {
+	state, err := ledger.Import(data)
+	if err != nil {
+		return 0, err
+	}
+	err = d.do(ctx, func(r *reconciler) error {
+		added, err = d.ledger.Import(ctx, state)
+		r.dirty = true
+		return err
+	})
+	return added, err
 }
