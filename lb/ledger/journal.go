@@ -176,13 +176,22 @@ func readJournal(path string) (State, error) {
 	}
 	s := newReplay(head.State)
 	for _, line := range lines[1:] {
-		var b Batch
-		if json.Unmarshal(line, &b) != nil || b.After != s.generation {
+		b := batchOf(line)
+		if b == nil || b.After != s.generation {
 			break
 		}
-		s.apply(b)
+		s.apply(*b)
 	}
 	return s.state(), nil
+}
+
+// batchOf reads a line; nil is none.
+func batchOf(line []byte) *Batch {
+	var b Batch
+	if json.Unmarshal(line, &b) != nil {
+		return nil
+	}
+	return &b
 }
 
 // replay is a State in the making.

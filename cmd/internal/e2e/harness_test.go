@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -294,4 +295,21 @@ func (h host) app(kind, name, address string) *binaries.Process {
 		return nil
 	})
 	return p
+}
+
+// decode makes a request and reads its JSON answer into v, which may be nil; an
+// answer that is no success is an error.
+func decode(c *http.Client, req *http.Request, v any) error {
+	res, err := c.Do(req)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = res.Body.Close() }()
+	if res.StatusCode >= http.StatusMultipleChoices {
+		return errors.New(res.Status)
+	}
+	if v == nil {
+		return nil
+	}
+	return json.NewDecoder(res.Body).Decode(v)
 }
