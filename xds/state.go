@@ -201,7 +201,7 @@ func (s *state) subscribe(t envoy.Type, name string) {
 	case t.Wildcard():
 		ts.wildcard, ts.owed = true, s.version
 		for r := range s.view.All(t) {
-			s.mark(t, r.Name.Name)
+			s.mark(t, r.Name.Name, s.version)
 		}
 	}
 }
@@ -275,33 +275,35 @@ func (s *state) wants(t envoy.Type, name string) bool {
 	return ok
 }
 
-// update moves the stream to a newer World.
+// update moves the stream to a newer World. What differs is owed from the first
+// World on that the stream has skipped: it may have changed there.
 func (s *state) update(view envoy.View, version uint64, changes ...envoy.Change) {
+	since := s.version + 1
 	s.view, s.version = view, version
 	for _, c := range changes {
 		if c.Views {
-			s.updateAll()
+			s.updateAll(since)
 			return
 		}
 	}
 	for _, c := range changes {
 		for _, n := range c.Names {
-			s.mark(n.Type, n.Name)
+			s.mark(n.Type, n.Name, since)
 		}
 	}
 }
 
-func (s *state) updateAll() {
+func (s *state) updateAll(since uint64) {
 	for t := range envoy.Types {
 		for _, name := range s.names(t) {
-			s.mark(t, name)
+			s.mark(t, name, since)
 		}
 	}
 }
 
 // mark notes that a resource may differ from what the client has. A refusal
 // ends with the version that it was about, whether or not it is wanted now.
-func (s *state) mark(t envoy.Type, name string) {
+func (s *state) mark(t envoy.Type, name string, since uint64) {
 	ts := &s.types[t]
 	r := s.view.Get(envoy.Name{Type: t, Name: name})
 	if f := ts.refused[name]; f != nil && (r == nil || r.Version != f.version) {
@@ -320,7 +322,7 @@ func (s *state) mark(t envoy.Type, name string) {
 			return
 		}
 	}
-	ts.owe(name, s.version)
+	ts.owe(name, since)
 }
 
 // last is what the client has once it has taken all that is on its way.

@@ -264,3 +264,28 @@ func TestSplit(t *testing.T) {
 		> 3 cluster: 4@1
 		ack 3`)
 }
+
+// TestProgressOfSkippedWorlds: a stream that goes over several Worlds at once
+// has settled none of them before what changed in the first is ACKed.
+func TestProgressOfSkippedWorlds(t *testing.T) {
+	x := &script{t: t, sent: map[string]*response{}}
+	x.run("world cluster/a@1 cluster/b@1\nsub cluster *\n> 1 cluster: a@1 b@1\nack 1")
+	if got, want := x.s.progress(), (position{1, 1}); got != want {
+		t.Fatalf("progress %v, want %v", got, want)
+	}
+	second, c2 := x.world.with(map[envoy.Name]*envoy.Resource{name(t, "cluster/a"): resource(t, "cluster/a@2")})
+	third, c3 := second.with(map[envoy.Name]*envoy.Resource{name(t, "cluster/b"): resource(t, "cluster/b@2")})
+	x.world = third
+	x.s.update(third, third.version, c2, c3)
+	if got, want := x.s.progress(), (position{1, 1}); got != want {
+		t.Errorf("before it is sent: progress %v, want %v", got, want)
+	}
+	x.run("retry\n> 2 cluster: a@2 b@2")
+	if got, want := x.s.progress(), (position{3, 1}); got != want {
+		t.Errorf("before the ACK: progress %v, want %v", got, want)
+	}
+	x.run("ack 2")
+	if got, want := x.s.progress(), (position{3, 3}); got != want {
+		t.Errorf("after the ACK: progress %v, want %v", got, want)
+	}
+}
