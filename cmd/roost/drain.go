@@ -64,6 +64,7 @@ func (o *options) drained(cmd *cobra.Command, r daemon.DrainResult) error {
 		t.row("took", time.Duration(r.Took*float64(time.Second)).Round(time.Millisecond))
 		if r.TimedOut {
 			t.row("still in flight", r.InFlight)
+			t.row("not known of", r.Unknown)
 		}
 		t.row("no answer", r.Waiting)
 		t.row("not connected", r.Gone)

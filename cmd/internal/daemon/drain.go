@@ -308,7 +308,7 @@ func (d *Daemon) Drain(ctx context.Context, name string, timeout time.Duration) 
 		return DrainResult{}, err
 	}
 	if running == nil { // it has drained before, or no proxy can have it
-		return DrainResult{Instance: full, Drained: true, Took: time.Since(begun).Seconds(), Waiting: []string{}}, nil
+		return DrainResult{Instance: full, Drained: true, Took: time.Since(begun).Seconds(), Waiting: []string{}, Unknown: []string{}, Gone: []string{}}, nil
 	}
 	return running.result(ctx)
 }

@@ -30,6 +30,7 @@ type DrainResult struct {
 	Took     float64  `json:"took" doc:"seconds"`
 	InFlight uint64   `json:"in_flight" doc:"requests and TCP connections that outlived the timeout"`
 	Waiting  []string `json:"waiting" doc:"what did not answer: proxies, replicas"`
+	Unknown  []string `json:"unknown" doc:"proxies that have confirmed but did not say in time what they have in flight"`
 	Gone     []string `json:"gone" doc:"proxies that are not connected and may still have it"`
 }
 
@@ -75,7 +76,7 @@ func (r *drainer) run(ctx context.Context) (err error) {
 	}()
 	stop := r.d.XDS.WatchLoad(r.clusters...)
 	defer stop()
-	out := DrainResult{Instance: r.instance, Waiting: []string{}, Gone: []string{}}
+	out := DrainResult{Instance: r.instance, Waiting: []string{}, Unknown: []string{}, Gone: []string{}}
 	limit := r.begun.Add(r.timeout)
 	var confirmed time.Time // when every proxy had confirmed
 	late, err := r.poll(ctx, limit, func() bool {
@@ -89,7 +90,7 @@ func (r *drainer) run(ctx context.Context) (err error) {
 	}
 	out.Drained, out.TimedOut = !late, late
 	r.findings(&out, confirmed)
-	r.d.outcomes.set(r.instance, outcome{r.mark, true, out.InFlight, out.Waiting, out.Gone})
+	r.d.outcomes.set(r.instance, outcome{r.mark, true, out.InFlight, out.Waiting, out.Unknown, out.Gone})
 	if r.d.group != nil && r.mark > 0 {
 		r.d.group.Poke()
 		if late, err = r.poll(ctx, limit.Add(replicaGrace), func() bool { return len(r.silentReplicas()) == 0 }); err != nil {
@@ -149,8 +150,9 @@ func (r *drainer) others(out *DrainResult, late bool) {
 		}
 		out.InFlight += said.InFlight
 		out.Waiting = append(out.Waiting, said.Waiting...)
+		out.Unknown = append(out.Unknown, said.Unknown...)
 		out.Gone = append(out.Gone, said.Gone...)
-		if said.InFlight > 0 || len(said.Waiting) > 0 {
+		if said.InFlight > 0 || len(said.Waiting)+len(said.Unknown) > 0 {
 			out.Drained, out.TimedOut = false, true
 		}
 	}
@@ -186,7 +188,9 @@ func (r *drainer) findings(out *DrainResult, confirmed time.Time) {
 			out.Waiting = append(out.Waiting, "proxy "+id+" has not confirmed")
 		}
 		for _, id := range silent {
-			out.Waiting = append(out.Waiting, "proxy "+id+" does not say what it has in flight")
+			if !confirmed.IsZero() {
+				out.Unknown = append(out.Unknown, id)
+			}
 		}
 	}
 	for _, p := range r.d.XDS.Proxies() {

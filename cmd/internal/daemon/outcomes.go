@@ -14,6 +14,7 @@ type outcome struct {
 	Done       bool     `json:"done"`
 	InFlight   uint64   `json:"in_flight,omitempty"`
 	Waiting    []string `json:"waiting,omitempty"`
+	Unknown    []string `json:"unknown,omitempty"`
 	Gone       []string `json:"gone,omitempty"`
 }
 

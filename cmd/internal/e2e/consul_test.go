@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"os"
@@ -22,62 +23,55 @@ import (
 	"github.com/roostmesh/roost/cmd/binaries"
 )
 
-// freePort is a loopback port that nobody has now.
+// given are the ports that freePort has given; none is given twice.
+var given sync.Map
+
+// freePort is a loopback port that nobody has now, out of the range from which
+// the kernel takes ports for connections, and of that of the tests' Consuls.
 func freePort(t *testing.T) int {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
+	const lowest, highest, tries = 10000, 17999, 1000
+	for range tries {
+		port := lowest + rand.IntN(highest-lowest+1)
+		if _, twice := given.LoadOrStore(port, true); twice {
+			continue
+		}
+		if l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port)); err == nil {
+			_ = l.Close()
+			return port
+		}
 	}
-	defer func() { _ = l.Close() }()
-	return l.Addr().(*net.TCPAddr).Port
+	t.Fatalf("no free port from %d to %d", lowest, highest)
+	return 0
 }
 
 // catalog is a real Consul of the test.
 type catalog struct {
 	t      *testing.T
-	file   string
 	addr   string
-	agent  *binaries.Process
+	agent  *binaries.ConsulAgent
 	client *api.Client
 }
 
 // newCatalog starts a Consul in dev mode: its state ends with it.
 func newCatalog(t *testing.T) *catalog {
 	t.Helper()
-	c := &catalog{t: t, file: filepath.Join(t.TempDir(), "consul.hcl"), addr: fmt.Sprintf("127.0.0.1:%d", freePort(t))}
-	_, http, _ := strings.Cut(c.addr, ":")
-	config := fmt.Sprintf("disable_update_check = true\nnode_name = \"h1\"\nports { http = %s https = -1 dns = %d grpc = %d grpc_tls = %d serf_lan = %d serf_wan = %d server = %d }\n",
-		http, freePort(t), freePort(t), freePort(t), freePort(t), freePort(t), freePort(t))
-	if err := os.WriteFile(c.file, []byte(config), 0o600); err != nil {
+	agent := binaries.StartConsul(t, binaries.ConsulConfig{})
+	client, err := api.NewClient(&api.Config{Address: agent.HTTPAddr})
+	if err != nil {
 		t.Fatal(err)
 	}
-	var err error
-	if c.client, err = api.NewClient(&api.Config{Address: c.addr}); err != nil {
-		t.Fatal(err)
-	}
-	c.start()
-	return c
+	return &catalog{t: t, addr: agent.HTTPAddr, agent: agent, client: client}
 }
 
 func (c *catalog) start() {
 	c.t.Helper()
-	c.agent = host{c.t, ""}.start(&binaries.Log{}, "", binaries.ConsulForTest(c.t), "agent", "-dev", "-bind", "127.0.0.1", "-config-file", c.file, "-log-level", "error")
-	until(c.t, "consul has a leader", func() error {
-		leader, err := c.client.Status().Leader()
-		if err == nil && leader == "" {
-			err = errors.New("none")
-		}
-		return err
-	})
+	c.agent.Restart()
 }
 
 func (c *catalog) kill() {
 	c.t.Helper()
-	if err := c.agent.Signal(syscall.SIGKILL); err != nil {
-		c.t.Fatal(err)
-	}
-	<-c.agent.Done()
+	c.agent.Kill()
 }
 
 // register registers an instance of cart.
