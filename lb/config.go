@@ -54,6 +54,10 @@ type Config struct {
 	InternalPools  []netip.Prefix // one IPv4, at most one IPv6
 	DedicatedPools []DedicatedPool
 
+	// DrainCheck is where proxies ask whether to close the connections of an
+	// instance that drains: Roost's health service. Invalid: nowhere.
+	DrainCheck netip.AddrPort
+
 	CaptureNode    string // CaptureBind, CaptureNft or CaptureTproxy
 	CaptureSidecar string // CaptureBind or CaptureNft
 

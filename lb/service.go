@@ -29,6 +29,14 @@ func buildService(prev *Service, c *Config, spec *ServiceSpec, addr Addresses, g
 		Address: addr.Internal, Address6: addr.Internal6, Dedicated: addr.Dedicated,
 		Generation: addr.Generation, Probed: addr.Probed, Group: group, Versions: versions, Drains: drains,
 	}
+	if spec.DrainClose {
+		s.DrainCheck = c.DrainCheck
+		if !c.DrainCheck.IsValid() {
+			s.Problems = append(s.Problems, Problem{Code: "drain_close_unavailable", Severity: discovery.SeverityWarning, Object: s.Key.String(), Place: spec.Origin,
+				Message: "drain.close has no effect: proxies in other network namespaces, which xds.sockets are for, cannot ask Roost whether to close; TCP connections outlive a drain until their instance stops",
+				Fix:     "serve these callers by the node proxy and take xds.sockets away, or take drain.close away"})
+		}
+	}
 	for _, p := range spec.Ports {
 		s.Ports = append(s.Ports, Port{PortSpec: p, Cluster: ClusterName(spec.Key, p.Name, "")})
 		if p.Protocol == UDP {

@@ -43,6 +43,7 @@ type Service struct {
 	Versions   []string // that routes name, each with a cluster of its own
 	Group      *discovery.Group
 	Endpoints  []*Endpoint      // by instance id and node
+	DrainCheck netip.AddrPort   // of a service whose connections a drain closes; else invalid
 	Drains     map[string]Drain // wishes, by the instances' qualified names; shared, not to be changed
 	Problems   []Problem
 }
@@ -69,7 +70,9 @@ type Endpoint struct {
 
 // Offered says that proxies have the endpoint: it takes new traffic, or it
 // finishes what it has.
-func (e *Endpoint) Offered() bool { return e.Serving || e.Drain == Draining && !e.unreachable }
+func (e *Endpoint) Offered() bool {
+	return e.Serving || (e.Drain == Draining || e.Drain == Closing) && !e.unreachable
+}
 
 // Drain is how far an instance is on its way out.
 type Drain uint8
@@ -79,6 +82,7 @@ type Drain uint8
 const (
 	NotDraining Drain = iota
 	Draining
+	Closing
 	Drained
 )
 

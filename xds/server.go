@@ -71,6 +71,10 @@ type Config struct {
 	// Publish.
 	Admit func(lb.Identity) (lb.Identity, error)
 
+	// Closing says whether the connections of the instance of an
+	// envoy.DrainName are to be closed. It runs on any goroutine.
+	Closing func(name string) bool
+
 	Registry   prometheus.Registerer // takes roost_xds_*; nil: none
 	Now        func() time.Time      // nil: time.Now
 	RetryEvery time.Duration         // 0: 15 s

@@ -13,6 +13,7 @@ import (
 	loadv3 "github.com/envoyproxy/go-control-plane/envoy/service/load_stats/v3"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/status"
 
@@ -59,6 +60,7 @@ func (s *Server) Serve(ctx context.Context, l Listener) error {
 	)
 	discovery.RegisterAggregatedDiscoveryServiceServer(g, v)
 	loadv3.RegisterLoadReportingServiceServer(g, v)
+	healthpb.RegisterHealthServer(g, healthService{Server: v.Server})
 	stopped := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
 		defer close(stopped)

@@ -2,6 +2,10 @@ package envoy
 
 import (
 	"cmp"
+	"crypto/sha256"
+	"encoding/hex"
+	"math"
+	"strings"
 	"time"
 
 	clusterv3 "github.com/envoyproxy/go-control-plane/envoy/config/cluster/v3"
@@ -12,6 +16,7 @@ import (
 	"google.golang.org/protobuf/types/known/anypb"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
+	"github.com/roostmesh/roost/discovery"
 	"github.com/roostmesh/roost/lb"
 )
 
@@ -32,6 +37,9 @@ const (
 	defaultHealthInterval = 5 * time.Second
 	defaultHealthTimeout  = 2 * time.Second
 	defaultThreshold      = 2
+
+	// drainCheckEvery bounds how late connections are closed after a drain.
+	drainCheckEvery = time.Second
 )
 
 // clusters are the clusters of one service: one for each port, and one for each
@@ -64,11 +72,45 @@ func cluster(s *lb.Service, p *lb.Port, name string) *clusterv3.Cluster {
 		// Without healthy instances callers get a clear answer, not a dead host.
 		CommonLbConfig: &clusterv3.Cluster_CommonLbConfig{HealthyPanicThreshold: &typev3.Percent{Value: 0}},
 	}
-	if lb.IsHTTP(p.Protocol) {
-		c.TypedExtensionProtocolOptions = map[string]*anypb.Any{"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": pack(upstreamHTTP(p.Protocol))}
+	protocol := p.Protocol
+	if closes(s, p) {
+		c.HealthChecks, c.CloseConnectionsOnHostHealthFailure = []*corev3.HealthCheck{drainCheck()}, true
+		protocol = lb.HTTP2 // which the gRPC check needs; raw TCP is not touched by it
+	}
+	if lb.IsHTTP(protocol) {
+		c.TypedExtensionProtocolOptions = map[string]*anypb.Any{"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": pack(upstreamHTTP(protocol))}
 	}
 	return c
 }
+
+// closes says that a drain closes the connections of a port's instances when
+// its time is over. Requests end by themselves or by their timeout.
+func closes(s *lb.Service, p *lb.Port) bool {
+	return s.DrainCheck.IsValid() && !lb.IsHTTP(p.Protocol) && p.Protocol != lb.UDP
+}
+
+// drainCheck asks Roost, by its health service, whether an instance's connections
+// are to be closed: nothing else closes raw TCP of one endpoint in bounded time.
+// Only its answer counts; that it does not answer never makes an endpoint
+// unhealthy.
+func drainCheck() *corev3.HealthCheck {
+	return &corev3.HealthCheck{
+		Interval: seconds(drainCheckEvery), NoTrafficInterval: seconds(drainCheckEvery), Timeout: seconds(drainCheckEvery),
+		HealthyThreshold: u32(1), UnhealthyThreshold: u32(math.MaxUint32),
+		HealthChecker: &corev3.HealthCheck_GrpcHealthCheck_{GrpcHealthCheck: &corev3.HealthCheck_GrpcHealthCheck{}},
+	}
+}
+
+const drainPrefix = "drain-"
+
+// DrainName is the host name under which proxies ask for an instance.
+func DrainName(i *discovery.Instance) string {
+	sum := sha256.Sum256([]byte(i.QualifiedName()))
+	return drainPrefix + hex.EncodeToString(sum[:8])
+}
+
+// IsDrainName tells a DrainName from other host names.
+func IsDrainName(s string) bool { return strings.HasPrefix(s, drainPrefix) }
 
 func policy(name string) clusterv3.Cluster_LbPolicy {
 	switch name {
@@ -166,8 +208,12 @@ func assignment(s *lb.Service, port int, version, name string) *endpointv3.Clust
 		if !e.Offered() || !e.At[port].IsValid() || version != "" && e.Instance.Version != version {
 			continue
 		}
+		at := &endpointv3.Endpoint{Address: address(e.At[port].Addr().String(), e.At[port].Port())}
+		if closes(s, &s.Ports[port]) {
+			at.HealthCheckConfig = &endpointv3.Endpoint_HealthCheckConfig{Address: address(s.DrainCheck.Addr().String(), s.DrainCheck.Port()), Hostname: DrainName(e.Instance)}
+		}
 		lbe := &endpointv3.LbEndpoint{
-			HostIdentifier:      &endpointv3.LbEndpoint_Endpoint{Endpoint: &endpointv3.Endpoint{Address: address(e.At[port].Addr().String(), e.At[port].Port())}},
+			HostIdentifier:      &endpointv3.LbEndpoint_Endpoint{Endpoint: at},
 			LoadBalancingWeight: wrapperspb.UInt32(e.Instance.Weight),
 		}
 		if !e.Serving {

@@ -76,6 +76,7 @@ func TestMistakesNameTheirPlace(t *testing.T) {
 		"pool without ipv4":          {text: "addresses: {internal: 'fd00::/64'}\n", want: "addresses.internal: has no IPv4 CIDR; write [IPV4_CIDR, IPV6_CIDR]"},
 		"client of two tenants":      {text: "tenants: {acme: {clients: [10.0.0.0/8]}, globex: {clients: [10.0.0.0/8]}}\n", want: "10.0.0.0/8 is already of tenant acme (roost.yaml:1:28); one source address is of one tenant"},
 		"dedicated pool unknown":     {text: "services:\n  - {name: shop, tenant: acme, ports: [{port: 80}], dedicated_ip: {pool: x}}\n", want: `services[0].dedicated_ip.pool: "x" is not declared under addresses.dedicated`},
+		"close and health_check":     {text: "services: [{name: a, tenant: t, ports: [{port: 1}], health_check: {tcp: {}}, drain: {close: true}}]\n", want: "drain.close: does not go with health_check"},
 		"store.consul":               {text: "store: {consul: {prefix: roost/}}\n", want: "store.consul: needs discovery.consul, whose connection it uses"},
 		"xds off loopback":           {text: "xds: {address: '0.0.0.0:7481'}\n", want: "xds.address: 0.0.0.0:7481 is not a loopback address, and proxies cannot prove who they are yet"},
 		"admin off loopback":         {text: "admin: {address: '0.0.0.0:7480'}\n", want: "admin.address: 0.0.0.0:7480 is not a loopback address"},

@@ -290,6 +290,7 @@ type retryDoc struct {
 type drainDoc struct {
 	strict.Place
 	Timeout time.Duration `yaml:"timeout"`
+	Close   bool          `yaml:"close"`
 }
 
 type listenerDoc struct {

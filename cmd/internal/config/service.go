@@ -49,8 +49,11 @@ func typedService(key lb.Key, place strict.Place, doc serviceKeys, pools []lb.De
 		}
 	}
 	c.resilience(s, doc)
-	if doc.Drain != nil {
-		s.DrainTimeout = doc.Drain.Timeout
+	if d := doc.Drain; d != nil {
+		s.DrainTimeout, s.DrainClose = d.Timeout, d.Close
+		if d.Close && doc.HealthCheck != nil {
+			c.bad(d.Place, "close", "does not go with health_check: Envoy has one check a cluster, and closing takes it")
+		}
 	}
 	return s, c.errs
 }

@@ -69,8 +69,9 @@ type Daemon struct {
 	commands   chan command
 	drainers   sync.WaitGroup // that Run waits for
 	freeAfter  atomic.Pointer[map[netip.Addr]time.Time]
-	builds     atomic.Pointer[[]built] // ledger generations by Snapshot, oldest first
-	cleared    atomic.Uint64           // generation up to which nobody has a quarantined address
+	closing    atomic.Pointer[map[string]bool] // envoy.DrainNames whose connections are to be closed
+	builds     atomic.Pointer[[]built]         // ledger generations by Snapshot, oldest first
+	cleared    atomic.Uint64                   // generation up to which nobody has a quarantined address
 	stopped    chan struct{}
 	xdsOn      []xds.Listener
 	rec        *reconciler // handed to the reconciler's goroutine by Run
@@ -156,6 +157,7 @@ func (d *Daemon) listenXDS(ctx context.Context, c *config.Config) error {
 		OnDisconnect: func(p xds.ProxyStatus) { d.Events.Add(events.Fact(events.ProxyDisconnected, p.ID, "")) },
 		OnReject:     d.onReject,
 		OnAck:        d.Events.Acked,
+		Closing:      d.isClosing,
 	})
 	l, err := listen(ctx, c.XDS.Address)
 	if err != nil {

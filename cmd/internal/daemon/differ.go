@@ -149,6 +149,8 @@ func (m *movement) changed(was, now *lb.Endpoint) {
 		m.add(events.InstanceDraining, i, "in maintenance")
 	case was.Drain != now.Drain && now.Drain == lb.Draining:
 		m.add(events.InstanceDraining, i, "takes no new traffic and finishes what it has")
+	case was.Drain != now.Drain && now.Drain == lb.Closing:
+		m.add(events.InstanceDraining, i, "its time is over: what it still has is closed")
 	case was.Drain != now.Drain && now.Drain == lb.Drained:
 		m.add(events.InstanceRemoved, i, "drained")
 	case was.Serving && !now.Serving:

@@ -5,13 +5,16 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net/netip"
 	"slices"
 	"strings"
 	"time"
 
+	"github.com/roostmesh/roost/cmd/internal/config"
 	"github.com/roostmesh/roost/discovery"
 	"github.com/roostmesh/roost/lb"
 	"github.com/roostmesh/roost/lb/ledger"
+	"github.com/roostmesh/roost/xds/envoy"
 )
 
 // A drain takes one instance out of service for good: it gets no new traffic and
@@ -24,11 +27,12 @@ import (
 type drainWish struct {
 	Timeout float64 `json:"timeout"` // seconds
 	Place   string  `json:"place"`   // where the instance was: elsewhere under its name is another one
-	Phase   string  `json:"phase"`   // phaseDraining phaseDrained
+	Phase   string  `json:"phase"`   // phaseDraining phaseClosing phaseDrained
 }
 
 const (
 	phaseDraining = "draining"
+	phaseClosing  = "closing"
 	phaseDrained  = "drained"
 
 	// absentFor is how long a mark stays whose instance this process has never
@@ -70,9 +74,12 @@ func (d *drains) phases(c *discovery.Catalog, marks []ledger.Mark) map[lb.Key]ma
 			continue
 		}
 		d.seen[m.Name] = true
-		if w.Phase == phaseDrained {
+		switch w.Phase {
+		case phaseDrained:
 			set(i, lb.Drained)
-		} else {
+		case phaseClosing:
+			set(i, lb.Closing)
+		default:
 			set(i, lb.Draining)
 		}
 	}
@@ -148,7 +155,7 @@ func (d *drains) follow(ctx context.Context, s *lb.Snapshot) {
 			// Another replica may say first that it is over: this one's drainer then
 			// ends by itself, and says what it has found.
 			draining[name] = e.Drain != lb.NotDraining
-			if e.Drain == lb.Draining && d.running[name] == nil {
+			if (e.Drain == lb.Draining || e.Drain == lb.Closing) && d.running[name] == nil {
 				d.running[name] = d.start(ctx, s, svc, e)
 			}
 		}
@@ -200,13 +207,57 @@ func (d *drains) start(ctx context.Context, s *lb.Snapshot, svc *lb.Service, e *
 	return r
 }
 
+// drainCheck is where proxies ask whether to close an instance's connections. One
+// in another network namespace does not reach it.
+func (d *Daemon) drainCheck(c *config.Config) netip.AddrPort {
+	if len(c.XDS.Sockets) > 0 {
+		return netip.AddrPort{}
+	}
+	at := c.XDS.Address
+	if len(d.xdsOn) > 0 {
+		if bound, err := netip.ParseAddrPort(d.xdsOn[0].Addr().String()); err == nil {
+			at = bound
+		}
+	}
+	if at.Addr().IsUnspecified() {
+		at = netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), at.Port())
+	}
+	return at
+}
+
+// publishClosing tells the health service whose connections are to be closed.
+func (d *Daemon) publishClosing(s *lb.Snapshot) {
+	closing := map[string]bool{}
+	for _, svc := range s.Order {
+		if svc.Drains == nil {
+			continue
+		}
+		for _, e := range svc.Endpoints {
+			if e.Drain == lb.Closing {
+				closing[envoy.DrainName(e.Instance)] = true
+			}
+		}
+	}
+	d.closing.Store(&closing)
+}
+
+// isClosing answers the health service.
+func (d *Daemon) isClosing(name string) bool {
+	closing := d.closing.Load()
+	return closing != nil && (*closing)[name]
+}
+
 // drained lets go of an instance after its drain.
 func (r *reconciler) drained(i *discovery.Instance, marked bool) {
-	name := i.QualifiedName()
 	if !marked {
-		r.drains.over[name] = place(i)
+		r.drains.over[i.QualifiedName()] = place(i)
 		return
 	}
+	r.phase(i.QualifiedName(), phaseDrained)
+}
+
+// phase moves a drain's mark on.
+func (r *reconciler) phase(name, next string) {
 	key := ledger.MarkKey{Kind: ledger.MarkDrain, Name: name}
 	r.stage(func(tx *ledger.Tx) {
 		m, ok := tx.Mark(key)
@@ -214,10 +265,10 @@ func (r *reconciler) drained(i *discovery.Instance, marked bool) {
 			return
 		}
 		w, err := wishOf(m)
-		if err != nil || w.Phase == phaseDrained {
+		if err != nil || w.Phase == phaseDrained || w.Phase == next {
 			return
 		}
-		w.Phase = phaseDrained
+		w.Phase = next
 		if m.Data, err = json.Marshal(w); err == nil {
 			tx.PutMark(m)
 		}

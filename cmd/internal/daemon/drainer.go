@@ -20,6 +20,8 @@ const (
 	// replicaGrace is how much longer than a drain's time the other replicas are
 	// waited for.
 	replicaGrace = 2 * time.Second
+	// closeWithin is how long closing is waited for: proxies ask once a second.
+	closeWithin = 3 * time.Second
 )
 
 // DrainResult is what a drain came to.
@@ -42,6 +44,7 @@ type drainer struct {
 	clusters []string
 	targets  []xds.Target
 	timeout  time.Duration
+	closes   bool   // connections that outlive the timeout are closed
 	mark     uint64 // its generation in the store; 0: no other replica drains it
 	begun    time.Time
 	cancel   context.CancelFunc
@@ -51,7 +54,7 @@ type drainer struct {
 }
 
 func newDrainer(d *Daemon, version uint64, s *lb.Service, e *lb.Endpoint, timeout time.Duration) *drainer {
-	r := &drainer{d: d, instance: e.Instance.QualifiedName(), version: version, timeout: timeout, begun: time.Now(), done: make(chan struct{})}
+	r := &drainer{d: d, instance: e.Instance.QualifiedName(), version: version, timeout: timeout, closes: s.DrainCheck.IsValid(), begun: time.Now(), done: make(chan struct{})}
 	for n, p := range s.Ports {
 		if !e.At[n].IsValid() {
 			continue
@@ -88,12 +91,18 @@ func (r *drainer) run(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	out.Drained, out.TimedOut = !late, late
+	if late && r.closes && r.mark > 0 {
+		if late, err = r.close(ctx, confirmed); err != nil {
+			return err
+		}
+		out.TimedOut = true
+	}
+	out.Drained, out.TimedOut = !late, out.TimedOut || late
 	r.findings(&out, confirmed)
 	r.d.outcomes.set(r.instance, outcome{r.mark, true, out.InFlight, out.Waiting, out.Unknown, out.Gone})
 	if r.d.group != nil && r.mark > 0 {
 		r.d.group.Poke()
-		if late, err = r.poll(ctx, limit.Add(replicaGrace), func() bool { return len(r.silentReplicas()) == 0 }); err != nil {
+		if late, err = r.poll(ctx, r.grace(limit), func() bool { return len(r.silentReplicas()) == 0 }); err != nil {
 			return err
 		}
 		r.others(&out, late)
@@ -101,6 +110,26 @@ func (r *drainer) run(ctx context.Context) (err error) {
 	out.Took = time.Since(r.begun).Seconds()
 	r.outcome = out
 	return nil
+}
+
+// grace is until when the other replicas are waited for.
+func (r *drainer) grace(limit time.Time) time.Time {
+	if r.closes {
+		limit = limit.Add(closeWithin)
+	}
+	return limit.Add(replicaGrace)
+}
+
+// close has every replica's proxies close what is left, and waits for that.
+func (r *drainer) close(ctx context.Context, confirmed time.Time) (late bool, err error) {
+	err = r.d.do(ctx, func(rec *reconciler) error {
+		rec.phase(r.instance, phaseClosing)
+		return nil
+	})
+	if err != nil {
+		return true, ctx.Err() // it is not written down: nothing is closed
+	}
+	return r.poll(ctx, time.Now().Add(closeWithin), func() bool { return !confirmed.IsZero() && r.quiet(confirmed) })
 }
 
 // poll waits until ok, or reports that it was not before the limit.

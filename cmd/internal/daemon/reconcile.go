@@ -145,6 +145,7 @@ func hostAddresses(c *lb.Config) []netip.Addr {
 func (r *reconciler) setConfig(c *config.Config) {
 	r.config, r.dirty, r.groups = c, true, nil
 	r.quarantine.configure(c.Quarantine, c.Model.TTL)
+	c.Model.DrainCheck = r.d.drainCheck(c)
 	for _, o := range r.objects {
 		o.raw = nil // what a record means depends on the config
 	}
@@ -187,6 +188,7 @@ func (r *reconciler) build(ctx context.Context) error {
 	snapshot := lb.Build(prev, lb.Input{Config: r.config.Model, Catalog: catalog, Services: r.specs, Addresses: r.addressed, HostAddresses: r.host, Drains: drains})
 	snapshot.AddProblems(r.problems)
 	r.d.snapshot.Store(snapshot)
+	r.d.publishClosing(snapshot)
 	// An event is there before the first ACK of it can come.
 	r.d.Events.Add(append(changes, r.departures.differences(prev, snapshot)...)...)
 	if catalog.Ready || r.served {

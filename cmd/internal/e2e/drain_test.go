@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"os"
 	"strings"
 	"sync"
 	"testing"
@@ -70,12 +71,12 @@ func newHeld(t *testing.T, name, address string, tcp bool) *held {
 }
 
 type drainJSON struct {
-	Instance      string
-	Drained       bool
-	TimedOut      bool   `json:"timed_out"`
-	InFlight      uint64 `json:"in_flight"`
-	Waiting, Gone []string
-	Took          float64
+	Instance               string
+	Drained                bool
+	TimedOut               bool   `json:"timed_out"`
+	InFlight               uint64 `json:"in_flight"`
+	Waiting, Unknown, Gone []string
+	Took                   float64
 }
 
 const twoInstances = `services:
@@ -246,5 +247,73 @@ func TestDrainTimeout(t *testing.T) {
 	code, _, errOut := r.cli("drain", "a", "--timeout", "300ms")
 	if code != 1 || !strings.Contains(errOut, "may still get traffic: proxy node~h1 has not confirmed") {
 		t.Errorf("a proxy that does not answer: exit %d %s", code, errOut)
+	}
+}
+
+// TestDrainCloses: TCP connections that outlive the drain are closed where the
+// service says so, those of other instances and those of a Roost that is killed
+// live on.
+func TestDrainCloses(t *testing.T) {
+	h := host{t, ""}
+	r := newRoost(h, onLoopback(t, "127.168.0.0/16", `services:
+  - name: db
+    tenant: acme
+    ports: [{port: 18100}]
+    drain: {timeout: 300ms, close: true}
+    instances: [{id: d1, address: "127.0.0.64:9001"}, {id: d2, address: "127.0.0.65:9001"}]
+`)).serve()
+	newHeld(t, "d1", "127.0.0.64:9001", true)
+	newHeld(t, "d2", "127.0.0.65:9001", true)
+	r.envoy("--node", "h1")
+	at := r.address("acme/db") + ":18100"
+	conns := map[string]net.Conn{} // the first by the instance that greeted
+	until(t, "a connection to each", func() error {
+		conn, err := net.Dial("tcp", at)
+		if err != nil {
+			return err
+		}
+		t.Cleanup(func() { _ = conn.Close() })
+		var name [2]byte
+		if _, err := io.ReadFull(conn, name[:]); err != nil {
+			return err
+		}
+		if conns[string(name[:])] == nil {
+			conns[string(name[:])] = conn
+		}
+		if len(conns) < 2 {
+			return fmt.Errorf("connected to %v", conns)
+		}
+		return nil
+	})
+	open := func(id string, want bool) {
+		t.Helper()
+		if err := conns[id].SetReadDeadline(time.Now().Add(50 * time.Millisecond)); err != nil {
+			t.Fatal(err)
+		}
+		_, err := conns[id].Read(make([]byte, 1))
+		if lives := errors.Is(err, os.ErrDeadlineExceeded); lives != want {
+			t.Errorf("the connection to %s is open: %v, want %v (%v)", id, lives, want, err)
+		}
+	}
+	r.crash()
+	<-time.After(2500 * time.Millisecond) // two checks without an answer
+	open("d1", true)
+	r.serve()
+	open("d2", true)
+	var out drainJSON
+	until(t, "the proxy is back", func() error {
+		if r.metric("roost_xds_proxies") != 1 {
+			return errors.New("no proxy")
+		}
+		return nil
+	})
+	r.json(&out, "drain", "d1", "--timeout", "6s") // Envoy reports again some seconds after a restart of Roost
+	if !out.Drained || !out.TimedOut || out.InFlight != 0 || len(out.Waiting)+len(out.Unknown) != 0 {
+		t.Errorf("drain: %+v", out)
+	}
+	open("d1", false)
+	open("d2", true)
+	if got := h.call("tcp", at); got != "got d2" {
+		t.Errorf("a new connection: %s", got)
 	}
 }

@@ -115,8 +115,11 @@ func TestEnvoyMovesBetweenReplicas(t *testing.T) {
 	r1.envoy("--node", "shared", "--xds", board.address)
 	synced := func(r *roost, held map[string]string) error {
 		list, err := r.held(id)
-		if err != nil || len(list) == 0 {
-			return fmt.Errorf("nothing held, %v", err)
+		if err != nil {
+			return err
+		}
+		if len(list) == 0 {
+			return errors.New("nothing held")
 		}
 		for _, v := range list {
 			if v.Acked == "" || v.Acked != v.Intended {

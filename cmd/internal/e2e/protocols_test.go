@@ -140,7 +140,7 @@ func (c *callers) get(client *http.Client, url string) func() error {
 		}
 		defer func() { _ = res.Body.Close() }()
 		data, err := io.ReadAll(res.Body)
-		if err == nil && (res.StatusCode != 200 || string(data) != "here") {
+		if err == nil && (res.StatusCode != http.StatusOK || string(data) != "here") {
 			err = fmt.Errorf("%d %s %s", res.StatusCode, res.Header.Get("x-roost-reason"), data)
 		}
 		return err
@@ -180,9 +180,11 @@ func (c *callers) start() {
 	}
 	ws, long := c.upgrade(), c.dial(c.address[3])
 	wsReader := bufio.NewReader(ws)
-	if _, err := http.ReadResponse(wsReader, nil); err != nil {
+	res, err := http.ReadResponse(wsReader, nil)
+	if err != nil {
 		c.t.Fatal(err)
 	}
+	_ = res.Body.Close() // it has none: the connection goes on
 	for n, once := range append(first, func() error { return ping(ws, wsReader) }, func() error { return ping(long, long) }) {
 		c.run(n, once)
 	}
