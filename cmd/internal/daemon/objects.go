@@ -329,7 +329,7 @@ func (d *Daemon) DeleteService(ctx context.Context, key lb.Key, condition Condit
 		if err := condition.fulfilled(r.objects[key]); err != nil {
 			return err
 		}
-		if g := d.aggregator.Catalog().Groups[key]; g != nil {
+		if g := r.catalog().Groups[key]; g != nil {
 			return fmt.Errorf("%w: %s; deregister its %d instances first", ErrAnnounced, g.Instances[0].Origin, len(g.Instances))
 		}
 		r.stage(func(tx *ledger.Tx) { tx.DeleteObject(owner) })
