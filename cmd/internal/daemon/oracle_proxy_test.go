@@ -89,7 +89,7 @@ func (p *proxy) cut(w *world) {
 	}
 	p.linked = false
 	for _, n := range p.inFlight(false) {
-		if rapid.Bool().Draw(w.t, "arrived") {
+		if rapid.Bool().Draw(w.chance, "arrived") {
 			p.apply(n)
 		}
 	}
@@ -193,7 +193,7 @@ func some[T any](t *rapid.T, list []T, label string) []T {
 func (p *proxy) send(w *world, all bool) {
 	names, wants := p.owed(w)
 	if !all {
-		names = some(w.t, names, "sent")
+		names = some(w.chance, names, "sent")
 	}
 	for _, n := range names {
 		if p.stuck && wants[n] == nil {
@@ -210,7 +210,7 @@ func (p *proxy) deliver(w *world, all bool) {
 	}
 	arriving, answering := p.inFlight(false), p.inFlight(true)
 	if !all {
-		arriving, answering = some(w.t, arriving, "arriving"), some(w.t, answering, "answering")
+		arriving, answering = some(w.chance, arriving, "arriving"), some(w.chance, answering, "answering")
 	}
 	for _, n := range arriving {
 		p.apply(n)
@@ -234,7 +234,7 @@ func (p *proxy) catchUp(w *world) {
 // refuse is a NACK of one resource.
 func (p *proxy) refuse(w *world) {
 	if names := p.inFlight(false); p.linked && len(names) > 0 {
-		n := rapid.SampledFrom(names).Draw(w.t, "refused")
+		n := rapid.SampledFrom(names).Draw(w.chance, "refused")
 		if p.conn.flight[n].resource != nil {
 			delete(p.conn.flight, n)
 		}

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"testing"
 	"time"
 
 	"pgregory.net/rapid"
@@ -84,8 +85,13 @@ type model struct {
 
 // world is a Roost on a simulated host.
 type world struct {
-	t   *rapid.T
-	now time.Time
+	t interface {
+		Helper()
+		Logf(format string, args ...any)
+		Fatalf(format string, args ...any)
+	}
+	chance *rapid.T // nil where a test says itself what happens
+	now    time.Time
 
 	// Roost; nil while it is down.
 	d    *Daemon
@@ -119,18 +125,42 @@ type world struct {
 // runs in which nothing does.
 type tally struct{ steps, builds, quarantined, again, reused, freed, healed, reached, silent, forgotten int }
 
-func newWorld(t *rapid.T, root string, seen *tally) *world {
-	w := &world{
-		t: t, now: time.Unix(1_700_000_000, 0), root: root, known: true,
-		quarantine: time.Duration(rapid.IntRange(2, 8).Draw(t, "quarantine")) * time.Second,
-		ttl:        time.Duration(rapid.IntRange(1, 12).Draw(t, "ttl")) * time.Second,
-		model:      model{recorded: map[lb.Key]bool{}, declared: map[lb.Key]string{}, since: map[lb.Key]lb.Addresses{}},
-		told:       map[answer]time.Time{}, decoded: newDecoder(), seen: seen, last: map[netip.Addr]ledger.Owner{},
+// randomWorld is a world in which things happen by chance.
+func randomWorld(t *rapid.T, root string, seen *tally) *world {
+	quarantine, ttl := rapid.IntRange(2, 8).Draw(t, "quarantine"), rapid.IntRange(1, 12).Draw(t, "ttl")
+	w := newWorld(root, seen, time.Duration(quarantine)*time.Second, time.Duration(ttl)*time.Second)
+	w.t, w.chance = t, t
+	w.begin()
+	return w
+}
+
+// quietWorld is a world in which nothing happens but what a test says.
+func quietWorld(t *testing.T) *world {
+	w := newWorld(t.TempDir(), &tally{}, 4*time.Second, time.Second)
+	w.t = t
+	w.begin()
+	t.Cleanup(w.close)
+	return w
+}
+
+func newWorld(root string, seen *tally, quarantine, ttl time.Duration) *world {
+	return &world{
+		now: time.Unix(1_700_000_000, 0), root: root, known: true, quarantine: quarantine, ttl: ttl,
+		model: model{recorded: map[lb.Key]bool{}, declared: map[lb.Key]string{}, since: map[lb.Key]lb.Addresses{}},
+		told:  map[answer]time.Time{}, decoded: newDecoder(), seen: seen, last: map[netip.Addr]ledger.Owner{},
 	}
+}
+
+func (w *world) begin() {
 	w.dir = w.fresh()
 	w.collect()
 	w.start()
-	return w
+}
+
+func (w *world) close() {
+	if w.d != nil {
+		_ = w.d.store.Close()
+	}
 }
 
 func (w *world) fresh() string {

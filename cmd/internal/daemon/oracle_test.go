@@ -18,7 +18,7 @@ import (
 )
 
 const (
-	oracleRuns  = 200 // $ROOST_ORACLE_RUNS has another number
+	oracleRuns  = 120 // $ROOST_ORACLE_RUNS has another number
 	oracleSteps = 500 // of one run, about
 )
 
@@ -66,19 +66,18 @@ func TestOracle(t *testing.T) {
 		if err != nil {
 			rt.Fatal(err)
 		}
-		w := newWorld(rt, root, &seen)
-		defer func() {
-			if w.d != nil {
-				_ = w.d.store.Close()
-			}
-			_ = os.RemoveAll(root)
-		}()
+		defer func() { _ = os.RemoveAll(root) }()
+		w := randomWorld(rt, root, &seen)
+		defer w.close()
 		actions := w.actions()
 		actions[""] = func(*rapid.T) { seen.steps++; w.checkCalls() }
 		rt.Repeat(actions)
 		w.settle()
 	})
 	t.Logf("%+v", seen)
+	if runs >= oracleRuns && min(seen.again, seen.reused, seen.freed, seen.healed, seen.reached, seen.forgotten) == 0 {
+		t.Errorf("something has never happened: %+v", seen)
+	}
 }
 
 // oracleDir is a directory in memory where there is one: thousands of writes are
@@ -117,11 +116,11 @@ func (w *world) actions() map[string]func(*rapid.T) {
 	return all
 }
 
-func (w *world) key() lb.Key { return rapid.SampledFrom(oracleKeys).Draw(w.t, "key") }
+func (w *world) key() lb.Key { return rapid.SampledFrom(oracleKeys).Draw(w.chance, "key") }
 
 func (w *world) body() string {
-	body := rapid.SampledFrom(oracleBodies).Draw(w.t, "body")
-	if rapid.Bool().Draw(w.t, "dedicated") {
+	body := rapid.SampledFrom(oracleBodies).Draw(w.chance, "body")
+	if rapid.Bool().Draw(w.chance, "dedicated") {
 		body = withDedicated(body)
 	}
 	return body
@@ -138,7 +137,7 @@ func (w *world) doDelete() {
 		return
 	}
 	key := w.key()
-	if rapid.IntRange(0, 3).Draw(w.t, "instances too") > 0 {
+	if rapid.IntRange(0, 3).Draw(w.chance, "instances too") > 0 {
 		w.change(slices.DeleteFunc(slices.Clone(w.instances), func(i discovery.Instance) bool { return i.Key == key }))
 	}
 	w.remove(key)
@@ -149,7 +148,7 @@ func (w *world) doAgain() {
 	if w.r == nil {
 		return
 	}
-	for _, r := range some(w.t, w.records, "again") {
+	for _, r := range some(w.chance, w.records, "again") {
 		if r.State == ledger.Quarantined {
 			w.put(keyOf(r.Owner), w.body())
 			return
@@ -174,7 +173,7 @@ func (w *world) doDeclare() {
 }
 
 func (w *world) doTTL() {
-	w.ttl = time.Duration(rapid.IntRange(1, 12).Draw(w.t, "ttl")) * time.Second
+	w.ttl = time.Duration(rapid.IntRange(1, 12).Draw(w.chance, "ttl")) * time.Second
 	w.t.Logf("ttl %s", w.ttl)
 	w.reload()
 }
@@ -199,7 +198,7 @@ func (w *world) doStart() {
 	w.place(&i)
 	i.ID = "i" + strconv.Itoa(w.started)
 	i.Origin = "consul:" + i.Node + "/" + i.ID
-	if rapid.IntRange(0, 3).Draw(w.t, "wants") == 0 {
+	if rapid.IntRange(0, 3).Draw(w.chance, "wants") == 0 {
 		i.Wants = []discovery.WantedPort{{Name: "a", Dial: 80, Protocol: lb.TCP}}
 	}
 	w.t.Logf("start %s %s", i.Name(), i.Address)
@@ -208,7 +207,7 @@ func (w *world) doStart() {
 
 func (w *world) doStop() {
 	if n := len(w.instances); n > 0 {
-		at := rapid.IntRange(0, n-1).Draw(w.t, "stopped")
+		at := rapid.IntRange(0, n-1).Draw(w.chance, "stopped")
 		w.change(slices.Delete(slices.Clone(w.instances), at, at+1))
 	}
 }
@@ -216,7 +215,7 @@ func (w *world) doStop() {
 func (w *world) doMove() {
 	if n := len(w.instances); n > 0 {
 		next := slices.Clone(w.instances)
-		w.place(&next[rapid.IntRange(0, n-1).Draw(w.t, "moved")])
+		w.place(&next[rapid.IntRange(0, n-1).Draw(w.chance, "moved")])
 		w.change(next)
 	}
 }
@@ -240,7 +239,7 @@ func (w *world) doUnwipe() {
 }
 
 // seldom is for what would leave no time for anything else.
-func (w *world) seldom() bool { return rapid.IntRange(0, 3).Draw(w.t, "seldom") == 0 }
+func (w *world) seldom() bool { return rapid.IntRange(0, 3).Draw(w.chance, "seldom") == 0 }
 
 func (w *world) doDie() {
 	if w.r != nil && w.seldom() {
@@ -253,7 +252,7 @@ func (w *world) doDie() {
 func (w *world) doRevive() {
 	switch {
 	case w.r == nil:
-		w.known = rapid.Bool().Draw(w.t, "known")
+		w.known = rapid.Bool().Draw(w.chance, "known")
 		w.collect()
 		w.t.Logf("Roost starts, its sources known: %v", w.known)
 		w.start()
@@ -272,7 +271,7 @@ func (w *world) doBackup() {
 func (w *world) doRestore() {
 	if w.r == nil && len(w.backups) > 0 {
 		w.t.Logf("an old backup is put back")
-		w.copyFile(rapid.SampledFrom(w.backups).Draw(w.t, "backup"), filepath.Join(w.dir, ledgerFile))
+		w.copyFile(rapid.SampledFrom(w.backups).Draw(w.chance, "backup"), filepath.Join(w.dir, ledgerFile))
 	}
 }
 
@@ -294,7 +293,7 @@ func (w *world) doDieWriting() {
 		return
 	}
 	w.disk.mode, w.unsure = writeDying, true
-	if rapid.Bool().Draw(w.t, "of a delete") {
+	if rapid.Bool().Draw(w.chance, "of a delete") {
 		w.remove(w.key())
 	} else {
 		w.put(w.key(), w.body())
@@ -304,8 +303,8 @@ func (w *world) doDieWriting() {
 }
 
 func (w *world) doPass() {
-	longest := rapid.SampledFrom([]int{100, 1000, 2000, 5000, 20000}).Draw(w.t, "longest")
-	d := time.Duration(rapid.IntRange(1, longest).Draw(w.t, "passed")) * time.Millisecond
+	longest := rapid.SampledFrom([]int{100, 1000, 2000, 5000, 20000}).Draw(w.chance, "longest")
+	d := time.Duration(rapid.IntRange(1, longest).Draw(w.chance, "passed")) * time.Millisecond
 	w.t.Logf("%s pass", d)
 	w.pass(d)
 }
@@ -314,7 +313,7 @@ const oracleProxies = 6
 
 func (w *world) doArrive() {
 	if w.r != nil && w.r.served && len(w.proxies) < oracleProxies {
-		w.arrive(rapid.SampledFrom([]lb.Role{lb.Node, lb.Sidecar, lb.Gateway}).Draw(w.t, "role"))
+		w.arrive(rapid.SampledFrom([]lb.Role{lb.Node, lb.Sidecar, lb.Gateway}).Draw(w.chance, "role"))
 	}
 }
 
@@ -329,7 +328,7 @@ func (w *world) proxy(ok func(*proxy) bool) *proxy {
 	if len(list) == 0 {
 		return nil
 	}
-	return rapid.SampledFrom(list).Draw(w.t, "proxy")
+	return rapid.SampledFrom(list).Draw(w.chance, "proxy")
 }
 
 // doLag takes one proxy a step further: it says what it has, is sent something,
@@ -342,7 +341,7 @@ func (w *world) doLag() {
 	if !p.conn.started {
 		p.say()
 	}
-	for range rapid.IntRange(1, 4).Draw(w.t, "rounds") {
+	for range rapid.IntRange(1, 4).Draw(w.chance, "rounds") {
 		p.send(w, false)
 		p.deliver(w, false)
 	}
@@ -369,8 +368,8 @@ func (w *world) doCut() {
 		return
 	}
 	p.cut(w)
-	p.lost = p.lost || rapid.IntRange(0, 3).Draw(w.t, "for ever") == 0
-	if rapid.Bool().Draw(w.t, "noticed") {
+	p.lost = p.lost || rapid.IntRange(0, 3).Draw(w.chance, "for ever") == 0
+	if rapid.Bool().Draw(w.chance, "noticed") {
 		p.noticed(w)
 	}
 	w.t.Logf("%s is cut off, for ever %v, noticed %v", p.id, p.lost, !p.ends.IsZero())
@@ -401,8 +400,8 @@ func (w *world) doAsk() {
 	if len(s.Order) == 0 {
 		return
 	}
-	key := rapid.SampledFrom(s.Order).Draw(w.t, "asked").Key
-	if rapid.IntRange(0, 3).Draw(w.t, "API") == 0 {
+	key := rapid.SampledFrom(s.Order).Draw(w.chance, "asked").Key
+	if rapid.IntRange(0, 3).Draw(w.chance, "API") == 0 {
 		svc := s.Services[key]
 		for _, a := range []netip.Addr{svc.Address, svc.Address6, svc.Dedicated} {
 			w.tell(key, a, w.ttl)
@@ -410,8 +409,8 @@ func (w *world) doAsk() {
 		return
 	}
 	// The answer takes a while to arrive, and its time counts from then.
-	late := time.Duration(rapid.IntRange(0, 1900).Draw(w.t, "late")) * time.Millisecond
-	for _, rr := range ask(s, rapid.SampledFrom(oracleViews).Draw(w.t, "view"), key) {
+	late := time.Duration(rapid.IntRange(0, 1900).Draw(w.chance, "late")) * time.Millisecond
+	for _, rr := range ask(s, rapid.SampledFrom(oracleViews).Draw(w.chance, "view"), key) {
 		if a, err := netip.ParseAddr(rr.Data); err == nil {
 			w.tell(key, a, time.Duration(rr.TTL)*time.Second+late)
 		}
