@@ -51,7 +51,7 @@ type typeState struct {
 	// held is what the client has: the last version that it ACKed. One whose
 	// version is known but not its content has no Body: its Refs are unknown.
 	held map[string]*envoy.Resource
-	// earlier is what the previous stream of this proxy held; it gives content
+	// earlier is what the previous stream of this proxy may have left it with; it gives content
 	// to the versions that the first request names, and is dropped then.
 	earlier map[string]*envoy.Resource
 
@@ -116,10 +116,7 @@ func newState(view envoy.View, version uint64, past *state) *state {
 			continue
 		}
 		ts, was := &s.types[t], &past.types[t]
-		ts.earlier = was.held
-		if !was.started {
-			ts.earlier = was.earlier
-		}
+		ts.earlier = was.mayHave()
 		for name, r := range was.refused {
 			if now := view.Get(envoy.Name{Type: t, Name: name}); now != nil && now.Version == r.version {
 				ts.refused[name] = &refusal{version: r.version, message: r.message, since: r.since, retry: retryable(t, r.message)}
@@ -331,6 +328,26 @@ func (ts *typeState) last(name string) *envoy.Resource {
 		return f.res
 	}
 	return ts.held[name]
+}
+
+// mayHave is what the client is left with when its stream ends: what it was sent
+// may have arrived though its ACK has not.
+func (ts *typeState) mayHave() map[string]*envoy.Resource {
+	if !ts.started {
+		return ts.earlier
+	}
+	all := maps.Clone(ts.held)
+	for name, f := range ts.flight {
+		if all[name] == nil && f.res != nil {
+			all[name] = f.res
+		}
+	}
+	return all
+}
+
+// resumes says that the client goes on with what it had from another stream.
+func (s *state) resumes() bool {
+	return slices.ContainsFunc(s.types[:], func(ts typeState) bool { return ts.resumed })
 }
 
 func (ts *typeState) calm() {

@@ -105,7 +105,7 @@ func (s *Server) Holding(id string, t envoy.Type) (held []Held, ok bool) {
 // Holder is a proxy that has a resource, or may have it.
 type Holder struct {
 	ID        string
-	Name      string // of the resource; "" for one that has just come and not said yet what it has
+	Name      string // of the resource; "" for one that has just come, or has gone again, and has not said yet what it has
 	Connected bool
 	Since     time.Time // connected, or gone, since
 }
@@ -114,15 +114,16 @@ type Holder struct {
 // the proxy ACKed it or has it on its way: connected proxies, and those gone for
 // less than an hour.
 func (s *Server) Holders(t envoy.Type, wanted func(name string) bool) []Holder {
+	// Both lists are of one moment: one that comes back in between is in neither else.
+	s.mu.Lock()
+	live, gone := slices.Collect(maps.Values(s.live)), slices.Collect(maps.Values(s.gone))
+	s.mu.Unlock()
 	var all []Holder
-	for _, st := range s.streams() {
+	for _, st := range live {
 		if !st.ask(func(p *state) { all = append(all, st.holders(p, t, wanted, true)...) }) {
 			all = append(all, st.holders(st.state, t, wanted, false)...)
 		}
 	}
-	s.mu.Lock()
-	gone := slices.Collect(maps.Values(s.gone))
-	s.mu.Unlock()
 	for _, st := range gone {
 		<-st.ended
 		all = append(all, st.holders(st.state, t, wanted, false)...)
@@ -141,7 +142,9 @@ func (st *stream) holders(p *state, t envoy.Type, wanted func(name string) bool,
 	known := ts.held
 	if !ts.started {
 		known = ts.earlier
-		if connected && len(known) == 0 && time.Since(st.since) < firstRequest {
+		// One that starts anew and has gone before it asked has nothing.
+		unsaid := connected && time.Since(st.since) < firstRequest || !connected && p.resumes()
+		if len(known) == 0 && unsaid {
 			return []Holder{h}
 		}
 	}
