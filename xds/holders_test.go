@@ -3,7 +3,9 @@ package xds
 import (
 	"fmt"
 	"strings"
+	"sync/atomic"
 	"testing"
+	"time"
 
 	discovery "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 
@@ -93,4 +95,27 @@ func TestHoldersWhileOneComesBack(t *testing.T) {
 	if len(found) != 2 {
 		t.Errorf("holders: %+v", found)
 	}
+}
+
+// TestRemember: a proxy that has gone is known for as long as was asked for.
+func TestRemember(t *testing.T) {
+	var ahead atomic.Int64
+	h := start(t, Config{RetryEvery: time.Millisecond, Now: func() time.Time { return time.Now().Add(time.Duration(ahead.Load())) }})
+	h.s.Remember(3 * time.Hour)
+	h.s.Remember(time.Minute) // what was promised stays
+	h.publish("listener/shop:80@1")
+	c := h.dial(testID)
+	c.subscribe(envoy.Listener)
+	c.receive("listener: shop:80@1", "")
+	h.acked(1)
+	c.close()
+	gone := testID + ` "shop:80" false;`
+	h.until("it has gone", func() bool { return h.holders("") == gone })
+	ahead.Store(int64(2 * time.Hour))
+	h.s.forget()
+	if got := h.holders(""); got != gone {
+		t.Errorf("after two hours: %q", got)
+	}
+	ahead.Store(int64(4 * time.Hour))
+	h.until("it is forgotten", func() bool { return h.holders("") == "" })
 }

@@ -8,6 +8,7 @@
 //	go s.Run(ctx, xds.Listener{Listener: tcp}, xds.Listener{Listener: unix, Tenant: "acme"})
 //	s.Publish(world, change)       // as often as there is a new World; never waits for a proxy
 //	s.Proxies()                    // every connected proxy and those of the last hour, by id
+//	s.Remember(d)                  // those of longer, too
 //	s.Holding(id, envoy.Listener)  // intended against sent, ACKed and refused, with bodies
 //	s.Problems()                   // what proxies refuse, and ids that two proxies share
 //	s.Holders(envoy.Listener, ...) // who still has a resource, or may have it
@@ -44,7 +45,7 @@ import (
 
 const (
 	// rememberFor is how long a proxy that has gone is listed, and its refusals
-	// and what it held are known.
+	// and what it held are known; Remember makes it longer.
 	rememberFor = time.Hour
 	// retryEvery is how often listeners are sent again that a proxy's host did
 	// not let it bind.
@@ -124,8 +125,9 @@ type Server struct {
 	seq        uint64                  // Publishes so far; guarded by mu
 	changes    [changeLog]envoy.Change // of the last ones, by seq; guarded by mu
 	live       map[string]*stream      // by proxy id; guarded by mu
-	gone       map[string]*stream      // the last hour's that have not come back; guarded by mu
+	gone       map[string]*stream      // remembered, and not come back; guarded by mu
 	duplicates map[string]duplicate    // by proxy id; guarded by mu
+	remember   time.Duration           // how long gone has a proxy; guarded by mu
 	events     []func()                // hooks to call; guarded by mu
 	dropped    int                     // events lost to a full queue; guarded by mu
 }
@@ -146,8 +148,16 @@ func New(cfg Config) *Server {
 	}
 	return &Server{
 		cfg: cfg, metrics: newMetrics(cfg.Registry), ready: make(chan struct{}), wake: make(chan struct{}, 1), loads: newLoads(),
-		live: map[string]*stream{}, gone: map[string]*stream{}, duplicates: map[string]duplicate{},
+		live: map[string]*stream{}, gone: map[string]*stream{}, duplicates: map[string]duplicate{}, remember: rememberFor,
 	}
+}
+
+// Remember has proxies that have gone known for d, where that is longer than
+// before: for as long as somebody counts on Holders to name them.
+func (s *Server) Remember(d time.Duration) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.remember = max(s.remember, d)
 }
 
 // Publish makes a World the newest; a World that is not newer than the last is
@@ -245,13 +255,13 @@ func (s *Server) retry() {
 	}
 }
 
-// forget drops the proxies that have been gone for long.
+// forget drops the proxies that have been gone for longer than anybody asks.
 func (s *Server) forget() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	now := s.cfg.Now()
 	for id, st := range s.gone {
-		if now.Sub(st.final.Since) > rememberFor {
+		if now.Sub(st.final.Since) > s.remember {
 			delete(s.gone, id)
 		}
 	}

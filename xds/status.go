@@ -16,7 +16,7 @@ import (
 )
 
 // ProxyStatus is one proxy as the Server sees it: connected, or gone for less
-// than an hour.
+// than an hour, or than Remember says.
 type ProxyStatus struct {
 	ID           string // the node id of Identity
 	Identity     lb.Identity
@@ -57,7 +57,7 @@ type Held struct {
 	Resource *envoy.Resource
 }
 
-// Proxies lists every connected proxy, and those gone for less than an hour, by
+// Proxies lists every connected proxy, and those gone that are remembered, by
 // id.
 func (s *Server) Proxies() []ProxyStatus {
 	var all []ProxyStatus
@@ -112,7 +112,7 @@ type Holder struct {
 
 // Holders lists who has a resource of a type whose name is wanted, as far as
 // the proxy ACKed it or has it on its way: connected proxies, and those gone for
-// less than an hour.
+// less than an hour, or than Remember says.
 func (s *Server) Holders(t envoy.Type, wanted func(name string) bool) []Holder {
 	// Both lists are of one moment: one that comes back in between is in neither else.
 	s.mu.Lock()

@@ -35,6 +35,7 @@ type proxy struct {
 // conn is a stream as the server knows it, as xds.Server and its state do.
 type conn struct {
 	connected, started bool
+	resumed            bool // it goes on with what it had from another stream
 	since              time.Time
 	known, earlier     map[envoy.Name]*envoy.Resource
 	flight             map[envoy.Name]*flying
@@ -67,14 +68,25 @@ func (w *world) arrive(role lb.Role) {
 // link connects a proxy that is not; the server does not know yet what it has.
 func (p *proxy) link(w *world) {
 	past := p.conn
-	p.conn = &conn{connected: true, since: w.now, known: map[envoy.Name]*envoy.Resource{}, flight: map[envoy.Name]*flying{}}
+	p.conn = &conn{connected: true, resumed: len(p.holds) > 0, since: w.now, known: map[envoy.Name]*envoy.Resource{}, flight: map[envoy.Name]*flying{}}
 	if past != nil {
-		p.conn.earlier = past.known
-		if !past.started {
-			p.conn.earlier = past.earlier
-		}
+		p.conn.earlier = past.mayHave()
 	}
 	p.linked, p.ends = true, time.Time{}
+}
+
+// mayHave is what the server thinks that the proxy may be left with.
+func (c *conn) mayHave() map[envoy.Name]*envoy.Resource {
+	if !c.started {
+		return c.earlier
+	}
+	all := maps.Clone(c.known)
+	for n, f := range c.flight {
+		if all[n] == nil && f.resource != nil {
+			all[n] = f.resource
+		}
+	}
+	return all
 }
 
 // say is the proxy's first request of its listeners.
@@ -254,19 +266,27 @@ func (w *world) expire() {
 	maps.DeleteFunc(w.told, func(_ answer, until time.Time) bool { return !w.now.Before(until) })
 }
 
+// remembers is how long the server knows a proxy that has gone, where nobody asks
+// for more.
+const remembers = 3 * time.Second
+
+// Remember implements proxies.
+func (w *world) Remember(d time.Duration) { w.remember = max(w.remember, d) }
+
 // Holders implements proxies, as xds.Server does.
 func (w *world) Holders(t envoy.Type, wanted func(name string) bool) []xds.Holder {
 	var out []xds.Holder
 	for _, p := range w.proxies {
 		c := p.conn
-		if c == nil {
+		if c == nil || !c.connected && w.now.Sub(c.since) > max(remembers, w.remember) {
 			continue
 		}
 		known := c.known
 		if !c.started {
 			known = c.earlier
-			if c.connected && len(known) == 0 && w.now.Sub(c.since) < firstRequest {
-				out = append(out, xds.Holder{ID: p.id, Connected: true, Since: c.since})
+			unsaid := c.connected && w.now.Sub(c.since) < firstRequest || !c.connected && c.resumed
+			if len(known) == 0 && unsaid {
+				out = append(out, xds.Holder{ID: p.id, Connected: c.connected, Since: c.since})
 				continue
 			}
 		}

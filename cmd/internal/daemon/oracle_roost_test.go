@@ -115,6 +115,7 @@ type world struct {
 	checked         uint64          // Snapshot version
 	proxies         []*proxy        // alive
 	named           int             // proxies so far
+	remember        time.Duration   // of those that have gone
 	told            map[answer]time.Time
 	decoded         *decoder
 	seen            *tally
@@ -198,6 +199,7 @@ func (w *world) start() {
 		files: certs.NewFiles(log, nil), static: discovery.NewStatic(SourceConfig, nil),
 	}
 	w.d.config.Store(c)
+	w.remember = 0
 	w.r = newReconciler(w.d, clock)
 	w.r.catalog, w.r.proxies = func() *discovery.Catalog { return w.catalog }, w
 	w.r.setConfig(c)

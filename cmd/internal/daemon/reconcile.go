@@ -74,6 +74,8 @@ func (r *reconciler) replicasChanged() <-chan struct{} {
 type proxies interface {
 	Publish(w envoy.World, c envoy.Change)
 	Holders(t envoy.Type, wanted func(name string) bool) []xds.Holder
+	// Remember is for how long at least Holders names those that have gone.
+	Remember(d time.Duration)
 }
 
 func newReconciler(d *Daemon, now func() time.Time) *reconciler {
@@ -146,6 +148,9 @@ func (r *reconciler) setConfig(c *config.Config) {
 	r.config, r.dirty, r.groups = c, true, nil
 	r.quarantine.configure(c.Quarantine, c.Model.TTL)
 	c.Model.DrainCheck = r.d.drainCheck(c)
+	if r.proxies != nil { // Offline has none
+		r.proxies.Remember(c.Quarantine)
+	}
 	for _, o := range r.objects {
 		o.raw = nil // what a record means depends on the config
 	}
