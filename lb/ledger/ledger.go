@@ -69,6 +69,7 @@ type Object struct {
 const (
 	MarkDrain   = "drain"   // Name is the qualified name of an instance
 	MarkRelease = "release" // Name is a source whose held instances are to go
+	MarkTTL     = "ttl"     // Name is what is kept for so many seconds
 )
 
 // Mark is a wish that outlives a restart and that every replica acts on.

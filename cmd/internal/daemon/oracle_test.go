@@ -404,7 +404,7 @@ func (w *world) doAsk() {
 	if rapid.IntRange(0, 3).Draw(w.chance, "API") == 0 {
 		svc := s.Services[key]
 		for _, a := range []netip.Addr{svc.Address, svc.Address6, svc.Dedicated} {
-			w.tell(key, a, w.ttl)
+			w.tell(key, a, s.Config.TTL)
 		}
 		return
 	}

@@ -56,6 +56,7 @@ type reconciler struct {
 	departures *departures
 	quarantine *quarantine
 	drains     *drains
+	shorter    time.Time             // when the config in force came, whose TTL may be shorter than the one before
 	released   map[string]releasedAt // marks of the mass-loss guard that were acted on, by source
 	served     bool                  // the first World has been published
 	warned     bool                  // a ledger that cannot be written has been logged
@@ -145,7 +146,7 @@ func hostAddresses(c *lb.Config) []netip.Addr {
 }
 
 func (r *reconciler) setConfig(c *config.Config) {
-	r.config, r.dirty, r.groups = c, true, nil
+	r.config, r.dirty, r.groups, r.shorter = c, true, nil, r.now()
 	r.quarantine.configure(c.Quarantine, c.Model.TTL)
 	c.Model.DrainCheck = r.d.drainCheck(c)
 	if r.proxies != nil { // Offline has none
@@ -177,6 +178,7 @@ func (r *reconciler) build(ctx context.Context) error {
 	var err error
 	if r.dirty {
 		r.problems, r.dirty = nil, false
+		r.recordAnswers()
 		var bound []events.Event
 		if bound, err = r.commit(ctx); err == nil {
 			changes = append(changes, bound...)
@@ -190,7 +192,7 @@ func (r *reconciler) build(ctx context.Context) error {
 	marks := r.d.ledger.Marks()
 	r.releaseHeld(marks)
 	drains := r.drains.phases(catalog, marks)
-	snapshot := lb.Build(prev, lb.Input{Config: r.config.Model, Catalog: catalog, Services: r.specs, Addresses: r.addressed, HostAddresses: r.host, Drains: drains})
+	snapshot := lb.Build(prev, lb.Input{Config: r.model(), Catalog: catalog, Services: r.specs, Addresses: r.addressed, HostAddresses: r.host, Drains: drains})
 	snapshot.AddProblems(r.problems)
 	r.d.snapshot.Store(snapshot)
 	r.d.publishClosing(snapshot)
@@ -219,6 +221,7 @@ var errShutdown = errors.New("roost is shutting down")
 // down: also what could not be written before.
 func (r *reconciler) tick() bool {
 	due := r.free() || r.dirty
+	due = r.forgetAnswers() || due
 	marks := r.d.ledger.Marks()
 	for _, key := range append(r.drains.stale(r.catalog(), marks), r.spent(marks)...) {
 		r.stage(func(tx *ledger.Tx) { tx.DeleteMark(key) })
