@@ -257,8 +257,8 @@ type everywhereFilter struct {
 	Everywhere
 }
 
-func (a *api) proxies(_ context.Context, f *everywhereFilter) (*body[List[Proxy]], error) {
-	return list(slices.DeleteFunc(a.allProxies(f.Everywhere), func(p Proxy) bool {
+func (a *api) proxies(ctx context.Context, f *everywhereFilter) (*body[List[Proxy]], error) {
+	return list(slices.DeleteFunc(a.allProxies(ctx, f.Everywhere), func(p Proxy) bool {
 		return !matches(f.Tenant, value(p.Tenant)) || !matches(f.Service, value(p.Service))
 	})), nil
 }
@@ -268,8 +268,8 @@ type ProxyID struct {
 	ID string `path:"id"`
 }
 
-func (a *api) proxy(_ context.Context, in *ProxyID) (*body[Proxy], error) {
-	all := a.allProxies(Everywhere{})
+func (a *api) proxy(ctx context.Context, in *ProxyID) (*body[Proxy], error) {
+	all := a.allProxies(ctx, Everywhere{})
 	n := slices.IndexFunc(all, func(p Proxy) bool { return p.ID == unescape(in.ID) })
 	if n < 0 {
 		return nil, huma.Error404NotFound("no proxy " + in.ID + " is connected or was in the last hour")
@@ -318,8 +318,8 @@ func (a *api) proxyConfig(_ context.Context, in *configInput) (*body[List[Held]]
 	return list(items), nil
 }
 
-func (a *api) problems(_ context.Context, f *everywhereFilter) (*body[List[Problem]], error) {
-	return list(slices.DeleteFunc(a.allProblems(f.Everywhere), func(p Problem) bool {
+func (a *api) problems(ctx context.Context, f *everywhereFilter) (*body[List[Problem]], error) {
+	return list(slices.DeleteFunc(a.allProblems(ctx, f.Everywhere), func(p Problem) bool {
 		tenant, rest, _ := strings.Cut(p.Object, "/")
 		service, _, _ := strings.Cut(rest, "/")
 		return !matches(f.Tenant, tenant) || !matches(f.Service, service)
@@ -337,11 +337,11 @@ type eventsInput struct {
 	Limit int    `query:"limit" default:"1000" minimum:"1" maximum:"10000"`
 }
 
-func (a *api) events(_ context.Context, in *eventsInput) (*body[List[ReplicaEvent]], error) {
+func (a *api) events(ctx context.Context, in *eventsInput) (*body[List[ReplicaEvent]], error) {
 	takes := func(e events.Event) bool {
 		return e.Seq > in.After && matches(in.Tenant, value(e.Tenant)) && matches(in.Service, value(e.Service))
 	}
-	items := mergeEvents(a.d.Events.List(in.After, in.Limit, takes), a.others(in.Everywhere), takes)
+	items := mergeEvents(a.d.Events.List(in.After, in.Limit, takes), a.others(ctx, in.Everywhere), takes)
 	if more := len(items) - in.Limit; more > 0 && in.After == 0 {
 		items = items[more:]
 	}

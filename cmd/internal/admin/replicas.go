@@ -2,6 +2,7 @@ package admin
 
 import (
 	"cmp"
+	"context"
 	"fmt"
 	"slices"
 	"strings"
@@ -16,21 +17,21 @@ type Everywhere struct {
 }
 
 // others are the replicas that a list is to have besides this one.
-func (a *api) others(e Everywhere) []daemon.Told {
+func (a *api) others(ctx context.Context, e Everywhere) []daemon.Told {
 	if e.Local {
 		return nil
 	}
-	return a.d.Others()
+	return a.d.Others(ctx)
 }
 
 // allProxies lists the proxies of every replica, by id and replica. A proxy that
 // has moved from one to another is listed where it is connected.
-func (a *api) allProxies(e Everywhere) []Proxy {
+func (a *api) allProxies(ctx context.Context, e Everywhere) []Proxy {
 	var items []Proxy
 	for _, p := range a.d.XDS.Proxies() {
 		items = append(items, proxyOf(p))
 	}
-	for _, o := range a.others(e) {
+	for _, o := range a.others(ctx, e) {
 		for _, p := range o.Proxies {
 			out := proxyOf(p)
 			out.Replica = optional(o.Replica)
@@ -52,7 +53,7 @@ func boolean(b bool) int {
 
 // allProblems lists the problems of this replica, and those that only others
 // have.
-func (a *api) allProblems(e Everywhere) []Problem {
+func (a *api) allProblems(ctx context.Context, e Everywhere) []Problem {
 	type id struct{ code, object, place string }
 	var items []Problem
 	known := map[id]bool{}
@@ -60,7 +61,7 @@ func (a *api) allProblems(e Everywhere) []Problem {
 		known[id{p.Code, p.Object, p.Place}] = true
 		items = append(items, problemOf(p))
 	}
-	for _, o := range a.others(e) {
+	for _, o := range a.others(ctx, e) {
 		for _, p := range o.Problems {
 			if known[id{p.Code, p.Object, p.Place}] {
 				continue

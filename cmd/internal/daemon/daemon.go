@@ -111,7 +111,7 @@ func (d *Daemon) open(ctx context.Context, c *config.Config) (err error) {
 		return err
 	}
 	if d.shared != nil {
-		d.group = replicas.New(replicas.Config{Store: d.shared, Name: c.Model.Node, Self: d.self, Log: d.log})
+		d.group = replicas.New(replicas.Config{Store: d.shared, Name: c.Model.Node, Self: d.self, Status: d.status, Log: d.log})
 	}
 	if err := d.sources(c); err != nil {
 		return err

@@ -1,7 +1,9 @@
 package daemon
 
 import (
+	"context"
 	"encoding/json"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -18,6 +20,8 @@ import (
 const (
 	toldProxies = 200
 	toldEvents  = 100
+
+	toldWithin = 2 * time.Second
 )
 
 // Told is what a replica says of itself, for people.
@@ -77,29 +81,41 @@ func (d *Daemon) self() replicas.Self {
 	if s.Urgent, err = json.Marshal(d.outcomes.list()); err != nil {
 		d.log.Error("the outcomes of drains cannot be told", "error", err)
 	}
+	return s
+}
+
+// status is what the other replicas may ask of this one.
+func (d *Daemon) status() []byte {
 	t := Told{Replica: d.start.Model.Node, Proxies: d.XDS.Proxies(), Problems: d.Problems(), Events: d.Events.List(0, toldEvents, nil)}
 	if more := len(t.Proxies) - toldProxies; more > 0 {
 		t.Proxies, t.More = t.Proxies[:toldProxies], more
 	}
-	if s.Status, err = json.Marshal(t); err != nil {
+	data, err := json.Marshal(t)
+	if err != nil {
 		d.log.Error("the status cannot be told", "error", err)
 	}
-	return s
+	return data
 }
 
-// Others is what the other living replicas say of themselves, by name.
-func (d *Daemon) Others() []Told {
+// Others is what the other living replicas say of themselves, by name. Nothing,
+// when the store does not answer: a Problem says so.
+func (d *Daemon) Others(ctx context.Context) []Told {
 	if d.group == nil {
 		return nil
 	}
-	list, _ := d.group.Others()
-	out := make([]Told, 0, len(list))
-	for _, o := range list {
-		t := Told{Replica: o.Name}
-		if len(o.Status) > 0 && json.Unmarshal(o.Status, &t) != nil {
+	ctx, cancel := context.WithTimeout(ctx, toldWithin)
+	defer cancel()
+	told, err := d.group.Told(ctx)
+	if err != nil {
+		d.log.Debug("the other replicas' status cannot be read", "error", err)
+	}
+	out := make([]Told, 0, len(told))
+	for _, name := range slices.Sorted(maps.Keys(told)) {
+		var t Told
+		if json.Unmarshal(told[name], &t) != nil {
 			t = Told{} // a newer Roost's
 		}
-		t.Replica = o.Name
+		t.Replica = name
 		out = append(out, t)
 	}
 	return out

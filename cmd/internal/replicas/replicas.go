@@ -2,8 +2,8 @@
 // knows of them. What this replica has to say goes in by a function; the list of
 // those that live comes out, and when the last one vanished.
 //
-// Run owns two goroutines, one that announces and one that listens, and returns
-// after both have ended. Everything else may be called from any goroutine.
+// Run owns three goroutines, which announce, report and listen, and returns after
+// all have ended. Everything else may be called from any goroutine.
 package replicas
 
 import (
@@ -22,25 +22,30 @@ import (
 )
 
 const (
-	// statusEvery is how often the part of an announcement that is only for
-	// people may change; what others wait for is told at once.
-	statusEvery = time.Second
+	// statusEvery is how often what is for people may change; what others wait for
+	// is told at once.
+	statusEvery = 2 * time.Second
 	retryEvery  = time.Second
 )
 
-// Self is what this replica tells the others.
+// Store is where replicas meet.
+type Store interface {
+	// Announce and Replicas are those of ledger.Shared.
+	Announce(ctx context.Context, r ledger.Replica) error
+	Replicas(ctx context.Context, index uint64) ([]ledger.Replica, uint64, error)
+	// Tell writes what this replica says of itself for people; Told reads what all
+	// have told, by name.
+	Tell(ctx context.Context, status []byte) error
+	Told(ctx context.Context) (map[string][]byte, error)
+}
+
+// Self is what this replica tells the others, and what they wait for: it is
+// small, because all of them read it at once.
 type Self struct {
 	Config  string // hash of what it is configured to do
 	Acked   uint64 // ledger generation that all its proxies have confirmed
 	Cleared uint64 // ledger generation up to which nobody of its own has a quarantined address
-	Urgent  []byte // JSON that others wait for
-	Status  []byte // JSON for people
-}
-
-// status is the document in ledger.Replica.Status.
-type status struct {
-	Urgent json.RawMessage `json:"urgent,omitempty"`
-	Status json.RawMessage `json:"status,omitempty"`
+	Urgent  []byte // JSON
 }
 
 // Other is another replica that lives.
@@ -51,16 +56,16 @@ type Other struct {
 	Acked   uint64
 	Cleared uint64
 	Urgent  json.RawMessage
-	Status  json.RawMessage
 }
 
 // Config is what a Group needs.
 type Config struct {
-	Store ledger.Shared
-	Name  string // of this replica
-	Self  func() Self
-	Log   *slog.Logger
-	Now   func() time.Time // nil: time.Now
+	Store  Store
+	Name   string // of this replica
+	Self   func() Self
+	Status func() []byte // what is told for people, read on demand
+	Log    *slog.Logger
+	Now    func() time.Time // nil: time.Now
 }
 
 // Group is the replicas of one store.
@@ -125,6 +130,7 @@ func (g *Group) Failure() string {
 func (g *Group) Run(ctx context.Context) error {
 	var group errgroup.Group
 	group.Go(func() error { g.announce(ctx); return nil })
+	group.Go(func() error { g.report(ctx); return nil })
 	group.Go(func() error { g.listen(ctx); return nil })
 	return group.Wait()
 }
@@ -136,8 +142,7 @@ func (g *Group) announce(ctx context.Context) {
 	first, failed := true, false
 	for {
 		now := g.cfg.Self()
-		urgent := first || failed || now.Config != told.Config || now.Acked != told.Acked || now.Cleared != told.Cleared || !bytes.Equal(now.Urgent, told.Urgent)
-		if urgent || !bytes.Equal(now.Status, told.Status) {
+		if first || failed || now.Config != told.Config || now.Acked != told.Acked || now.Cleared != told.Cleared || !bytes.Equal(now.Urgent, told.Urgent) {
 			failed = g.tell(ctx, now) != nil
 			if !failed {
 				told, first = now, false
@@ -165,10 +170,7 @@ func (g *Group) wait(ctx context.Context, tick <-chan time.Time, failed bool) bo
 }
 
 func (g *Group) tell(ctx context.Context, s Self) error {
-	data, err := json.Marshal(status{s.Urgent, s.Status})
-	if err == nil {
-		err = g.cfg.Store.Announce(ctx, ledger.Replica{Name: g.cfg.Name, Config: s.Config, Acked: s.Acked, Cleared: s.Cleared, Status: data})
-	}
+	err := g.cfg.Store.Announce(ctx, ledger.Replica{Name: g.cfg.Name, Config: s.Config, Acked: s.Acked, Cleared: s.Cleared, Status: s.Urgent})
 	text := ""
 	if err != nil {
 		text = err.Error()
@@ -207,6 +209,33 @@ func (g *Group) listen(ctx context.Context) {
 	}
 }
 
+// report tells what is for people, when it has changed.
+func (g *Group) report(ctx context.Context) {
+	tick := time.NewTicker(statusEvery)
+	defer tick.Stop()
+	var told []byte
+	for {
+		if now := g.cfg.Status(); !bytes.Equal(now, told) {
+			// What fails is told by announce; here the next tick tries again.
+			if g.cfg.Store.Tell(ctx, now) == nil {
+				told = now
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+	}
+}
+
+// Told reads what the other replicas say of themselves, by name.
+func (g *Group) Told(ctx context.Context) (map[string][]byte, error) {
+	all, err := g.cfg.Store.Told(ctx)
+	delete(all, g.cfg.Name)
+	return all, err
+}
+
 // take notes who lives, and whether somebody has vanished.
 func (g *Group) take(list []ledger.Replica) {
 	others := []Other{}
@@ -215,12 +244,8 @@ func (g *Group) take(list []ledger.Replica) {
 		if r.Name == g.cfg.Name {
 			continue
 		}
-		var s status
-		if json.Unmarshal(r.Status, &s) != nil {
-			s = status{} // a newer Roost's: it says nothing to this one
-		}
 		alive[r.Name] = true
-		others = append(others, Other{r.Name, r.Since, r.Config, r.Acked, r.Cleared, s.Urgent, s.Status})
+		others = append(others, Other{r.Name, r.Since, r.Config, r.Acked, r.Cleared, r.Status})
 	}
 	if before, ok := g.Others(); ok {
 		for _, o := range before {

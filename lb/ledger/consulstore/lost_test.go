@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"golang.org/x/sync/errgroup"
@@ -16,7 +17,7 @@ func TestPermissionDenied(t *testing.T) {
 	a, prefix := consul(t), newPrefix()
 	l, _ := a.ledger(t, prefix, "good")
 	bind(t, l, owner(1))
-	needs := []string{`key_prefix "` + prefix + `" write`, `session "" write`, prefix}
+	needs := []string{`key_prefix "` + strings.TrimSuffix(prefix, "/") + `" write`, `session "" write`, prefix}
 	for n, c := range []struct {
 		rules string
 		load  bool

@@ -212,7 +212,7 @@ func next(last, got uint64) uint64 {
 func (s *Store) fail(key string, err error) error {
 	var status api.StatusError
 	if errors.As(err, &status) && status.Code == http.StatusForbidden || strings.Contains(err.Error(), denied) {
-		return fmt.Errorf("ledger in Consul %s, key %s%s: %w; its token needs key_prefix %q write and session \"\" write", s.address, s.config.Prefix, key, err, s.config.Prefix)
+		return fmt.Errorf("ledger in Consul %s, key %s%s: %w; its token needs key_prefix %q write and session \"\" write", s.address, s.config.Prefix, key, err, strings.TrimSuffix(s.config.Prefix, "/"))
 	}
 	return fmt.Errorf("ledger in Consul %s, key %s%s: %w", s.address, s.config.Prefix, key, err)
 }
