@@ -16,7 +16,6 @@ import (
 	"google.golang.org/protobuf/types/known/anypb"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
-	"github.com/roostmesh/roost/discovery"
 	"github.com/roostmesh/roost/lb"
 )
 
@@ -103,9 +102,10 @@ func drainCheck() *corev3.HealthCheck {
 
 const drainPrefix = "drain-"
 
-// DrainName is the host name under which proxies ask for an instance.
-func DrainName(i *discovery.Instance) string {
-	sum := sha256.Sum256([]byte(i.QualifiedName()))
+// DrainName is the host name under which proxies ask for an instance, by its
+// qualified name.
+func DrainName(instance string) string {
+	sum := sha256.Sum256([]byte(instance))
 	return drainPrefix + hex.EncodeToString(sum[:8])
 }
 
@@ -210,7 +210,7 @@ func assignment(s *lb.Service, port int, version, name string) *endpointv3.Clust
 		}
 		at := &endpointv3.Endpoint{Address: address(e.At[port].Addr().String(), e.At[port].Port())}
 		if closes(s, &s.Ports[port]) {
-			at.HealthCheckConfig = &endpointv3.Endpoint_HealthCheckConfig{Address: address(s.DrainCheck.Addr().String(), s.DrainCheck.Port()), Hostname: DrainName(e.Instance)}
+			at.HealthCheckConfig = &endpointv3.Endpoint_HealthCheckConfig{Address: address(s.DrainCheck.Addr().String(), s.DrainCheck.Port()), Hostname: DrainName(e.Instance.QualifiedName())}
 		}
 		lbe := &endpointv3.LbEndpoint{
 			HostIdentifier:      &endpointv3.LbEndpoint_Endpoint{Endpoint: at},

@@ -234,7 +234,7 @@ func (d *Daemon) publishClosing(s *lb.Snapshot) {
 		}
 		for _, e := range svc.Endpoints {
 			if e.Drain == lb.Closing {
-				closing[envoy.DrainName(e.Instance)] = true
+				closing[envoy.DrainName(e.Instance.QualifiedName())] = true
 			}
 		}
 	}
