@@ -87,9 +87,13 @@ func (d *departures) differences(prev, next *lb.Snapshot) []events.Event {
 // the same id with another address or node has migrated, also when it was away
 // in between.
 func (d *departures) moved(before, after *lb.Service, version uint64) []events.Event {
-	m := movement{after: after, version: version, seen: d.now()}
-	if after.Group != nil && !after.Group.Seen.IsZero() {
-		m.seen = after.Group.Seen
+	m := movement{version: version, seen: d.now()}
+	// With the same group a drain has changed something, not the source.
+	if after.Group != nil && after.Group != before.Group {
+		m.group = after.Group
+		if !after.Group.Seen.IsZero() {
+			m.seen = after.Group.Seen
+		}
 	}
 	gone := map[string]*lb.Endpoint{}
 	for _, e := range before.Endpoints {
@@ -125,7 +129,7 @@ func (d *departures) moved(before, after *lb.Service, version uint64) []events.E
 
 // movement collects the events of one service.
 type movement struct {
-	after   *lb.Service
+	group   *discovery.Group // that has changed; nil: it has not
 	version uint64
 	seen    time.Time
 	events  []events.Event
@@ -133,8 +137,8 @@ type movement struct {
 
 func (m *movement) add(kind string, i *discovery.Instance, message string) {
 	e := events.Change(kind, i.Key.Tenant, i.Key.Service, i.Name(), message, m.seen, m.version)
-	if g := m.after.Group; g != nil {
-		e = e.From(i.Source, g.Index)
+	if m.group != nil {
+		e = e.From(i.Source, m.group.Index)
 	}
 	m.events = append(m.events, e)
 }

@@ -326,7 +326,7 @@ func (r *roost) receipts(moves int) {
 		counts, odd := map[string]int{}, ""
 		for _, kind := range []string{"instance_added", "instance_draining"} {
 			for _, e := range strings.Split(got.body, `{"seq":`) {
-				if strings.Contains(e, `"kind":"`+kind+`"`) && strings.Contains(e, `"acked_by":["node~h1"]`) && !strings.Contains(e, `"acked":null`) && strings.Contains(e, `"source":"consul"`) {
+				if strings.Contains(e, `"kind":"`+kind+`"`) && strings.Contains(e, `"acked_by":["node~h1"]`) && !strings.Contains(e, `"acked":null`) && (kind != "instance_added" || strings.Contains(e, `"source":"consul"`)) {
 					counts[kind]++
 				} else if strings.Contains(e, `"kind":"`+kind+`"`) {
 					odd = e
