@@ -18,13 +18,51 @@ import (
 
 const examples = "../../../docs/examples"
 
+// stopHooks checks the commands by which an application is drained before it
+// stops, and that its manager waits longer than a drain.
+func stopHooks(t *testing.T) {
+	t.Helper()
+	data, err := os.ReadFile(filepath.Join(examples, "systemd", "web@.service"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	hooks := regexp.MustCompile(`(?m)^Exec(?:StartPost|Stop)=-/usr/local/bin/roost (\S+) acme/web/web-%i$`).FindAllStringSubmatch(string(data), -1)
+	if len(hooks) != 2 || hooks[0][1] != "undrain" || hooks[1][1] != "drain" || !strings.Contains(string(data), "TimeoutStopSec=45\n") {
+		t.Errorf("systemd: hooks %v", hooks)
+	}
+	if data, err = os.ReadFile(filepath.Join(examples, "compose", "stop.yaml")); err != nil {
+		t.Fatal(err)
+	}
+	var compose struct {
+		Services map[string]struct {
+			Grace   string `yaml:"stop_grace_period"`
+			PreStop []struct {
+				Command []string `yaml:"command"`
+			} `yaml:"pre_stop"`
+		} `yaml:"services"`
+	}
+	if err := yaml.Load(data, &compose); err != nil {
+		t.Fatal(err)
+	}
+	web := compose.Services["web"]
+	if web.Grace != "45s" || len(web.PreStop) != 1 || strings.Join(web.PreStop[0].Command, " ") != "/usr/local/bin/roost drain acme/web/web-1" {
+		t.Errorf("compose: %+v", web)
+	}
+	if data, err = os.ReadFile(filepath.Join(examples, "nomad", "web.nomad.hcl")); err != nil || !strings.Contains(string(data), `shutdown_delay = "45s"`) || !strings.Contains(string(data), "roost drain ") {
+		t.Errorf("nomad: %v", err)
+	}
+	for _, verb := range []string{"drain", "undrain"} {
+		fails(t, 0, "roost "+verb+" INSTANCE", verb, "--help")
+	}
+}
+
 // TestExamplesAreValid: the config files load, and every command that a unit or
 // a Compose file runs has flags that the binary knows.
 func TestExamplesAreValid(t *testing.T) {
 	for _, name := range []string{"roost.yaml", "routed.yaml"} {
 		fails(t, 0, "ok", "validate", "--config", filepath.Join(examples, name))
 	}
-	units, err := filepath.Glob(filepath.Join(examples, "systemd", "*.service"))
+	units, err := filepath.Glob(filepath.Join(examples, "systemd", "roost*.service"))
 	if err != nil || len(units) != 4 {
 		t.Fatalf("units: %v %v", units, err)
 	}
@@ -40,6 +78,7 @@ func TestExamplesAreValid(t *testing.T) {
 		}
 		fails(t, 0, "Usage:", append(strings.Fields(m[1]), "--help")...)
 	}
+	stopHooks(t)
 	data, err := os.ReadFile(filepath.Join(examples, "compose", "compose.yaml"))
 	if err != nil {
 		t.Fatal(err)
