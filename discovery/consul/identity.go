@@ -3,9 +3,12 @@ package consul
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
+
+	"github.com/hashicorp/consul/api"
 )
 
 // incarnation is what was last seen of the Consul that answers: one that was
@@ -33,6 +36,25 @@ func (w *watcher) verify(ctx context.Context, from cursor) error {
 	return nil
 }
 
+// verifyAnswer is verify for the answer of one service. One that is older than
+// what is known is not used: a server that lags, or that reads its log after a
+// restart, has lost nothing. The newest state is asked for, and stands.
+func (w *watcher) verifyAnswer(ctx context.Context, sv *service, from cursor, meta *api.QueryMeta) error {
+	sv.busy.Lock()
+	older := meta.LastIndex < sv.index
+	sv.busy.Unlock()
+	if older {
+		w.s.suspicions.Add(1)
+	}
+	if err := w.verify(ctx, from); err != nil {
+		return err
+	}
+	if older && !from.consistent {
+		return errAskAgain
+	}
+	return nil
+}
+
 func (w *watcher) identify(ctx context.Context) error {
 	w.verifying.Lock()
 	defer w.verifying.Unlock()
@@ -51,6 +73,9 @@ func (w *watcher) identify(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if len(nodes) == 0 && !meta.ResultsFilteredByACLs {
+		return errNoNode
+	}
 	defer w.verified.Store(suspicions)
 	now := incarnation{nodes: map[string]bool{}, index: meta.LastIndex, limited: meta.ResultsFilteredByACLs}
 	for _, n := range nodes {
@@ -63,10 +88,7 @@ func (w *watcher) identify(ctx context.Context) error {
 		return nil
 	}
 	is := identityOf(nodes)
-	switch {
-	case now.limited && len(nodes) == 0:
-		is = hiddenNodes
-	case is == was: // the same nodes, and yet an older state
+	if is == was && is != hiddenNodes { // the same nodes, and yet an older state
 		is = fmt.Sprintf("%s@%d", is, meta.LastIndex)
 	}
 	w.mu.Lock()
@@ -78,6 +100,11 @@ func (w *watcher) identify(ctx context.Context) error {
 	}
 	return nil
 }
+
+// errNoNode is a Consul that has not come up yet: its leader enters its own node
+// first. It has no instances to tell of, and no name: one that it got now would
+// make another Consul of it once it has nodes.
+var errNoNode = errors.New("consul lists no node yet, nor does it say that it hides any")
 
 // hiddenNodes is the identity of a Consul of which the token may see no node.
 const hiddenNodes = "hidden nodes"
@@ -96,7 +123,7 @@ func (i incarnation) continues(before incarnation) bool {
 	if i.index < before.index {
 		return false
 	}
-	if i.limited || before.limited || len(i.nodes)+len(before.nodes) == 0 {
+	if i.limited || before.limited {
 		return true
 	}
 	for key := range i.nodes {
@@ -120,7 +147,7 @@ func (n node) key() string { return fmt.Sprintf("%s/%s/%d", n.Node, n.ID, n.Crea
 // made: a Consul that was wiped makes its nodes anew.
 func identityOf(nodes []node) string {
 	if len(nodes) == 0 {
-		return "no nodes"
+		return hiddenNodes
 	}
 	return slices.MinFunc(nodes, func(a, b node) int {
 		return cmp.Or(cmp.Compare(a.CreateIndex, b.CreateIndex), strings.Compare(a.Node, b.Node))

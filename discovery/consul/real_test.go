@@ -11,7 +11,6 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"time"
 
 	"github.com/hashicorp/consul/api"
 
@@ -120,7 +119,8 @@ func TestWipe(t *testing.T) {
 	w.noProblem()
 }
 
-// TestRestartKeeps: a Consul that comes back with its state is believed at once.
+// TestRestartKeeps: a Consul that comes back with its state is believed: nothing
+// is held, not even for a moment.
 func TestRestartKeeps(t *testing.T) {
 	w := newWorld(t, binaries.ConsulConfig{DataDir: t.TempDir()}, Config{})
 	w.put("a", "10.0.0.1", 80, meta("acme"))
@@ -130,13 +130,10 @@ func TestRestartKeeps(t *testing.T) {
 	w.have("stale", "acme/shop/a 10.0.0.1:80 passing w1?", "acme/shop/b 10.0.0.2:80 passing w1?")
 	w.agent.Restart()
 	w.have("confirmed", "acme/shop/a 10.0.0.1:80 passing w1", "acme/shop/b 10.0.0.2:80 passing w1")
-	began := time.Now()
 	w.must(w.client.Agent().ServiceDeregister("b"))
 	w.have("a deregistration", "acme/shop/a 10.0.0.1:80 passing w1")
-	if took := time.Since(began); took > 3*time.Second {
-		t.Errorf("a deregistration took %v", took)
-	}
 	w.noProblem()
+	(&fleet{world: w}).neverHeld()
 }
 
 // TestTokens: over TLS, with ACLs. The token file is read again; a token that
@@ -258,33 +255,36 @@ func TestManyOverHTTP1(t *testing.T) {
 	if n := w.gauge("roost_consul_connections"); n > 150 {
 		t.Errorf("%v connections", n)
 	}
-	const stride = 7 // own queries and shared ones
-	began := time.Now()
+	const stride = 23 // own queries and shared ones
 	for i := range 300 / stride {
 		w.one(i*stride, 81)
 		w.moved(i*stride, 81)
 	}
-	t.Logf("%d moves one after the other: %v", 300/stride, time.Since(began))
 	agent := w.client.Agent()
-	health := func(what string, want discovery.Health) {
+	health := func(what string, want discovery.Health, services int) {
 		t.Helper()
 		w.until(what, func(c *discovery.Catalog) string {
-			for key, g := range c.Groups {
-				if h := g.Instances[0].Health; h != want {
-					return fmt.Sprintf("%s is %s", key, h)
+			n := 0
+			for _, g := range c.Groups {
+				if g.Instances[0].Health == want {
+					n++
 				}
+			}
+			if n != services {
+				return fmt.Sprintf("%d are %s, want %d", n, want, services)
 			}
 			return ""
 		})
 	}
 	w.must(agent.EnableNodeMaintenance(""))
-	health("node maintenance", discovery.Maintenance)
+	health("node maintenance", discovery.Maintenance, 300)
 	w.must(agent.DisableNodeMaintenance())
-	health("its end", discovery.Passing)
-	for i := range 300 {
-		w.must(agent.EnableServiceMaintenance(fmt.Sprintf("s%d", i), ""))
+	health("its end", discovery.Passing, 300)
+	const some = 30
+	for i := range some {
+		w.must(agent.EnableServiceMaintenance(fmt.Sprintf("s%d", i*10), ""))
 	}
-	health("service maintenance", discovery.Maintenance)
+	health("service maintenance", discovery.Maintenance, some)
 	for i := range 300 {
 		w.must(agent.ServiceDeregister(fmt.Sprintf("s%d", i)))
 	}

@@ -6,6 +6,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/hashicorp/consul/api"
 	"golang.org/x/sync/errgroup"
 )
 
@@ -217,13 +218,24 @@ func (w *watcher) look(ctx context.Context, worth int, checksToo bool) (map[plac
 	return now, group.Wait()
 }
 
+// known asks for the instances of a service, of a Consul that is known.
+func (w *watcher) known(ctx context.Context, sv *service, from cursor) ([]*api.ServiceEntry, *api.QueryMeta, error) {
+	entries, meta, err := w.s.health(ctx, sv.name, from)
+	if err == nil {
+		err = w.verifyAnswer(ctx, sv, from, meta)
+	}
+	return entries, meta, err
+}
+
 // ask looks once whether a shared service has changed; one that has is given a
 // query of its own, since it is likely to change again.
 func (w *watcher) ask(ctx context.Context, sv *service) {
 	from := w.s.begin()
-	entries, meta, err := w.s.health(ctx, sv.name, from)
-	if err == nil {
-		err = w.verify(ctx, from)
+	entries, meta, err := w.known(ctx, sv, from)
+	if errors.Is(err, errAskAgain) {
+		from = w.s.begin()
+		from.consistent = true
+		entries, meta, err = w.known(ctx, sv, from)
 	}
 	if err != nil {
 		if errors.Is(err, errAskAgain) {

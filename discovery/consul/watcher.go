@@ -109,22 +109,22 @@ func (w *watcher) loop(ctx context.Context, scope string, from cursor, ask func(
 		case ctx.Err() != nil:
 			return ctx.Err()
 		case errors.Is(err, errAskAgain):
-			from.index = 0
+			from.index, from.consistent = 0, true
 		case err != nil:
 			failures++
 			w.failed(scope, err)
 			if failures == hopeless {
 				w.giveUp(ctx, scope)
 			}
-			from.index = 0
+			from = w.s.begin()
 			if !pause(ctx, backoff(failures)) {
 				return ctx.Err()
 			}
 			continue
 		case next < from.index:
-			from.index = 0 // the contract: start again
+			from = w.s.begin() // the contract: start again
 		default:
-			from.index = next
+			from.index, from.consistent = next, false
 		}
 		if failures > 0 && scope == "" {
 			w.emit(discovery.Update{Source: w.s.config.Name, Seen: time.Now()}) // it answers again
@@ -337,9 +337,6 @@ func (w *watcher) follow(ctx context.Context, sv *service) {
 		if meta.LastIndex == from.index && !from.brief {
 			return from.index, nil // the wait was over, or a wake-up without a change
 		}
-		if meta.LastIndex < from.index {
-			w.s.suspicions.Add(1)
-		}
 		if meta.QueryBackend == api.QueryBackendStreaming && meta.DefaultACLPolicy == "deny" && w.sees(func() bool { return len(entries) < sv.entries }) {
 			// A stream does not say whether it hides what it lacks; the answer to a query
 			// that does not block does.
@@ -348,7 +345,7 @@ func (w *watcher) follow(ctx context.Context, sv *service) {
 				return 0, err
 			}
 		}
-		if err := w.verify(ctx, from); err != nil {
+		if err := w.verifyAnswer(ctx, sv, from, meta); err != nil {
 			return 0, err
 		}
 		if !w.answer(ctx, sv, from, entries, meta) {
