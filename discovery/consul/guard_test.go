@@ -6,7 +6,6 @@ import (
 	"path/filepath"
 	"slices"
 	"testing"
-	"time"
 
 	"github.com/hashicorp/consul/api"
 
@@ -84,13 +83,9 @@ func TestWipedFleet(t *testing.T) {
 	for _, stop := range f.stops[8:] {
 		stop()
 	}
-	began := time.Now()
 	f.agent.Kill()
 	f.agent.Restart()
 	f.counts("the dead ones go", 0, 8)
-	if took := time.Since(began); took > 30*time.Second {
-		t.Errorf("that took %v", took)
-	}
 	f.problem("mass_loss_held")
 	for i := range 8 {
 		f.register(i)
@@ -183,7 +178,6 @@ func TestMassStop(t *testing.T) {
 	w.watch(Config{Address: "http://" + w.agent.HTTPAddr})
 	f := &fleet{world: w}
 	f.counts("registered", 20, 0)
-	began := time.Now()
 	for _, stop := range stops[5:] {
 		stop()
 	}
@@ -194,9 +188,6 @@ func TestMassStop(t *testing.T) {
 		stop()
 	}
 	f.counts("all have stopped", 0, 0)
-	if took := time.Since(began); took > 30*time.Second {
-		t.Errorf("that took %v", took)
-	}
 	f.noProblem()
 }
 

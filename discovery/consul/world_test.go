@@ -58,6 +58,10 @@ func clientOf(t *testing.T, a *binaries.ConsulAgent) *api.Client {
 	return client
 }
 
+// patience is how long a test waits for what does not come: no machine is so busy
+// that what does come takes this long.
+const patience = 3 * time.Minute
+
 // watch runs the source until the test ends.
 func (w *world) watch(c Config) {
 	w.t.Helper()
@@ -66,7 +70,7 @@ func (w *world) watch(c Config) {
 	w.source = newSource(w.t, c)
 	w.all = discovery.NewAggregator(discovery.Config{Sources: []discovery.Source{w.source}, Guard: []string{"consul"}, ProbeEvery: 100 * time.Millisecond, Registerer: w.metrics})
 	var cancel context.CancelFunc
-	w.ctx, cancel = context.WithTimeout(w.t.Context(), time.Minute)
+	w.ctx, cancel = context.WithTimeout(w.t.Context(), patience)
 	done := make(chan error, 1)
 	go func() { done <- w.all.Run(w.ctx) }()
 	w.t.Cleanup(func() {
