@@ -8,7 +8,7 @@ RUNTESTS := $(GO) run ./cmd/internal/runtests -timeout 20m
 ROOST_REQUIRE ?= envoy,consul
 export ROOST_REQUIRE
 
-.PHONY: help build demo test race fuzz lint bench bench-migrate check clean
+.PHONY: help build demo test race fuzz lint bench bench-ledger bench-migrate check clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -42,6 +42,9 @@ $(LINT):
 
 bench: ## the benchmarks of the packages
 	$(GO) test -run '^$$' -bench . -benchmem ./...
+
+bench-ledger: build ## a new address, ten thousand services, a drain with 200 proxies
+	$(GO) run ./bench/ledger $(if $(OUTPUT),-o $(OUTPUT))
 
 bench-migrate: build ## time from a registration to the first answer, beside a peer
 	$(GO) run ./bench/migrate
