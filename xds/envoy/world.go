@@ -34,6 +34,7 @@ type Translation struct {
 // serviceSet is every resource of one service, shared by all proxies.
 type serviceSet struct {
 	service   *lb.Service
+	prefix    string // of the names of its resources: SERVICE.TENANT:
 	mesh      []*lb.Route
 	clusters  []*Resource
 	endpoints []*Resource
@@ -115,10 +116,8 @@ func (t *Translation) arrange(prev *Translation, same bool) {
 	for _, set := range t.services {
 		t.order = append(t.order, set)
 	}
-	slices.SortFunc(t.order, func(a, b *serviceSet) int { return strings.Compare(sortName(a), sortName(b)) })
+	slices.SortFunc(t.order, func(a, b *serviceSet) int { return strings.Compare(a.prefix, b.prefix) })
 }
-
-func sortName(s *serviceSet) string { return s.service.Key.Service + "." + s.service.Key.Tenant + ":" }
 
 func newServiceSet(before *serviceSet, sameConfig bool, world *lb.Snapshot, s *lb.Service) *serviceSet {
 	mesh := world.Mesh[s.Key]
@@ -128,6 +127,11 @@ func newServiceSet(before *serviceSet, sameConfig bool, world *lb.Snapshot, s *l
 		return before
 	}
 	out := &serviceSet{service: s, mesh: mesh, endpoints: endpoints(s)}
+	if before != nil {
+		out.prefix = before.prefix
+	} else {
+		out.prefix = s.Key.Service + "." + s.Key.Tenant + ":"
+	}
 	if before != nil && before.service.Spec == s.Spec && slices.Equal(before.service.Versions, s.Versions) {
 		out.clusters = before.clusters
 	} else {
