@@ -57,10 +57,14 @@ func (a *api) service(ctx context.Context, id *ServiceID) (*serviceOutput, error
 
 // tag is the entity tag of a service, quoted; "" of one that a file declares.
 func (a *api) tag(ctx context.Context, id *ServiceID) string {
-	if tag := a.d.Tag(ctx, id.key()); tag != "" {
-		return `"` + tag + `"`
+	return quoted(a.d.Tag(ctx, id.key()))
+}
+
+func quoted(tag string) string {
+	if tag == "" {
+		return ""
 	}
-	return ""
+	return `"` + tag + `"`
 }
 
 type putInput struct {
@@ -74,7 +78,7 @@ func (a *api) putService(ctx context.Context, in *putInput) (*serviceOutput, err
 	if err != nil {
 		return nil, err
 	}
-	created, err := a.d.PutService(ctx, in.key(), in.RawBody, condition)
+	created, tag, err := a.d.PutService(ctx, in.key(), in.RawBody, condition)
 	if err != nil {
 		return nil, refused(err)
 	}
@@ -86,7 +90,7 @@ func (a *api) putService(ctx context.Context, in *putInput) (*serviceOutput, err
 	if s == nil {
 		return nil, huma.Error500InternalServerError("the service is gone again")
 	}
-	out.Body, out.ETag = serviceOf(s), a.tag(ctx, &in.ServiceID)
+	out.Body, out.ETag = serviceOf(s), quoted(tag)
 	return out, nil
 }
 

@@ -3,7 +3,6 @@ package daemon
 import (
 	"context"
 	"fmt"
-	"maps"
 	"net/netip"
 	"slices"
 	"time"
@@ -93,9 +92,9 @@ func addressEvent(kind string, r ledger.Record, why string) events.Event {
 // services lists what exists, declared in a file or recorded, by key.
 func (r *reconciler) services(objects map[lb.Key]*object) []*lb.ServiceSpec {
 	specs := slices.Clone(r.config.Model.Services)
-	for _, key := range slices.SortedFunc(maps.Keys(objects), lb.Key.Compare) {
+	for key, o := range objects {
 		if r.declared[key] == nil {
-			specs = append(specs, objects[key].spec)
+			specs = append(specs, o.spec)
 		}
 	}
 	slices.SortFunc(specs, func(a, b *lb.ServiceSpec) int { return a.Key.Compare(b.Key) })

@@ -264,9 +264,9 @@ func (d *Daemon) Tag(ctx context.Context, key lb.Key) (tag string) {
 }
 
 // PutService makes or changes a service. It returns after the change is written
-// down. The error wraps ErrDeclared or ErrChanged, or is a strict.Errors for a
+// down, with the entity tag of what was written. The error wraps ErrDeclared or ErrChanged, or is a strict.Errors for a
 // body that cannot be used.
-func (d *Daemon) PutService(ctx context.Context, key lb.Key, body []byte, condition Condition) (created bool, err error) {
+func (d *Daemon) PutService(ctx context.Context, key lb.Key, body []byte, condition Condition) (created bool, tag string, err error) {
 	err = d.do(ctx, func(r *reconciler) error {
 		if s := r.declared[key]; s != nil {
 			return fmt.Errorf("%w: change it at %s", ErrDeclared, s.Origin)
@@ -288,13 +288,14 @@ func (d *Daemon) PutService(ctx context.Context, key lb.Key, body []byte, condit
 			return err
 		}
 		r.stage(func(tx *ledger.Tx) { tx.PutObject(stored) })
-		created = old == nil
+		obj.raw = stored.Spec
+		created, tag = old == nil, obj.etag()
 		if !created && !bytes.Equal(old.raw, stored.Spec) {
 			d.Events.Add(events.Change(events.ServiceChanged, key.Tenant, key.Service, "", "changed through the API", time.Now(), 0))
 		}
 		return nil
 	})
-	return created, err
+	return created, tag, err
 }
 
 // compact takes the white space out of a JSON body, so that the same content is

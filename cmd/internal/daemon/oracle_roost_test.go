@@ -319,7 +319,7 @@ func (w *world) command(f func() error) error {
 func (w *world) put(key lb.Key, body string) {
 	before := w.quarantined(key)
 	err := w.command(func() error {
-		_, err := w.d.PutService(context.Background(), key, []byte(body), Condition{})
+		_, _, err := w.d.PutService(context.Background(), key, []byte(body), Condition{})
 		return err
 	})
 	_, declared := w.model.declared[key]
