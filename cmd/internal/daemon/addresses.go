@@ -29,6 +29,7 @@ func (r *reconciler) commit(ctx context.Context) ([]events.Event, error) {
 	defer cancel()
 	staged, facts := r.staged, r.stagedEvents
 	r.staged, r.stagedEvents = nil, nil
+	clear(r.put)
 	var p plan
 	err := r.d.ledger.Update(ctx, func(tx *ledger.Tx) error {
 		for _, f := range staged {

@@ -96,6 +96,15 @@ func (r *reconciler) parse(recorded []ledger.Object) map[lb.Key]*object {
 	return objects
 }
 
+// object is what is recorded of a service, or is about to be: several commands
+// share one write, and each has to see what those before it did.
+func (r *reconciler) object(key lb.Key) *object {
+	if o, staged := r.put[key]; staged {
+		return o
+	}
+	return r.objects[key]
+}
+
 // record stages services that a source shows for the first time, and explicit
 // ports that replace guessed ones.
 func (r *reconciler) record(catalog *discovery.Catalog) []events.Event {
@@ -106,7 +115,7 @@ func (r *reconciler) record(catalog *discovery.Catalog) []events.Event {
 		if seen[key] == group || r.declared[key] != nil {
 			continue
 		}
-		old := r.objects[key]
+		old := r.object(key)
 		obj := r.wanted(key, group, old)
 		if obj == nil {
 			continue
@@ -271,7 +280,7 @@ func (d *Daemon) PutService(ctx context.Context, key lb.Key, body []byte, condit
 		if s := r.declared[key]; s != nil {
 			return fmt.Errorf("%w: change it at %s", ErrDeclared, s.Origin)
 		}
-		old := r.objects[key]
+		old := r.object(key)
 		if err := condition.fulfilled(old); err != nil {
 			return err
 		}
@@ -288,7 +297,7 @@ func (d *Daemon) PutService(ctx context.Context, key lb.Key, body []byte, condit
 			return err
 		}
 		r.stage(func(tx *ledger.Tx) { tx.PutObject(stored) })
-		obj.raw = stored.Spec
+		obj.raw, r.put[key] = stored.Spec, obj
 		created, tag = old == nil, obj.etag()
 		if !created && !bytes.Equal(old.raw, stored.Spec) {
 			d.Events.Add(events.Change(events.ServiceChanged, key.Tenant, key.Service, "", "changed through the API", time.Now(), 0))
@@ -324,16 +333,18 @@ func (d *Daemon) DeleteService(ctx context.Context, key lb.Key, condition Condit
 		if s := r.declared[key]; s != nil {
 			return fmt.Errorf("%w: remove it at %s", ErrDeclared, s.Origin)
 		}
-		if r.objects[key] == nil {
+		old := r.object(key)
+		if old == nil {
 			return ErrUnknownService
 		}
-		if err := condition.fulfilled(r.objects[key]); err != nil {
+		if err := condition.fulfilled(old); err != nil {
 			return err
 		}
 		if g := r.catalog().Groups[key]; g != nil {
 			return fmt.Errorf("%w: %s; deregister its %d instances first", ErrAnnounced, g.Instances[0].Origin, len(g.Instances))
 		}
 		r.stage(func(tx *ledger.Tx) { tx.DeleteObject(owner) })
+		r.put[key] = nil
 		return nil
 	})
 	if err != nil {

@@ -51,6 +51,9 @@ type reconciler struct {
 	// staged is what commands and sources want written down by the next build.
 	staged       []func(*ledger.Tx)
 	stagedEvents []events.Event // of what is staged, told when it is written down
+	// put are the objects that are staged, nil for one that is deleted: the next
+	// command of the same build has to know them.
+	put map[lb.Key]*object
 	// problems are those of the reconciler itself: a full pool, a refused change.
 	problems   []lb.Problem
 	departures *departures
@@ -80,7 +83,7 @@ type proxies interface {
 }
 
 func newReconciler(d *Daemon, now func() time.Time) *reconciler {
-	return &reconciler{d: d, now: now, departures: newDepartures(now), quarantine: newQuarantine(now), drains: newDrains(d, now), released: map[string]releasedAt{}}
+	return &reconciler{d: d, now: now, put: map[lb.Key]*object{}, departures: newDepartures(now), quarantine: newQuarantine(now), drains: newDrains(d, now), released: map[string]releasedAt{}}
 }
 
 // run reconciles whenever something has changed, until ctx ends.
