@@ -2,12 +2,14 @@ package daemon
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"os"
 	"path/filepath"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -178,4 +180,33 @@ func owners(d *Daemon) map[string]string {
 		}
 	}
 	return out
+}
+
+// TestConditionsAcrossReplicas: of clients of two replicas that may each make a
+// service only where there is none, one does.
+func TestConditionsAcrossReplicas(t *testing.T) {
+	f := &fleet{t: t, consul: binaries.StartConsul(t, binaries.ConsulConfig{}).HTTPAddr}
+	f.start(2, "")
+	for i := range 15 {
+		key := lb.Key{Tenant: "acme", Service: fmt.Sprintf("s%d", i)}
+		var made, refused atomic.Int64
+		var clients sync.WaitGroup
+		for n, d := range f.daemons {
+			clients.Go(func() {
+				body := fmt.Sprintf(`{"ports": [{"port": %d}]}`, 80+n)
+				switch _, _, err := d.PutService(t.Context(), key, []byte(body), Condition{None: true}); {
+				case err == nil:
+					made.Add(1)
+				case errors.Is(err, ErrChanged):
+					refused.Add(1)
+				default:
+					t.Errorf("%s: %v", key, err)
+				}
+			})
+		}
+		clients.Wait()
+		if made.Load() != 1 || refused.Load() != 1 {
+			t.Fatalf("%s: made %d times, refused %d times", key, made.Load(), refused.Load())
+		}
+	}
 }

@@ -262,6 +262,21 @@ func (c Condition) fulfilled(o *object) error {
 	return fmt.Errorf("%w: its entity tag is not the one of If-Match: read it again", ErrChanged)
 }
 
+// guard stages a change that is only made while the store still has what the
+// condition was checked against: another replica may be first. lost tells, after
+// the build, that it was.
+func (r *reconciler) guard(c Condition, owner ledger.Owner, old *object, change func(*ledger.Tx)) (lost *bool) {
+	lost = new(bool)
+	r.stage(func(tx *ledger.Tx) {
+		now, ok := tx.Object(owner)
+		*lost = (c.None || len(c.Match) > 0) && (ok != (old != nil) || ok && !bytes.Equal(now.Spec, old.raw))
+		if !*lost {
+			change(tx)
+		}
+	})
+	return lost
+}
+
 // Tag is the entity tag of a service that no file declares; "" is none.
 func (d *Daemon) Tag(ctx context.Context, key lb.Key) (tag string) {
 	_ = d.look(ctx, func(r *reconciler) { // when Roost stops there is no tag
@@ -273,9 +288,10 @@ func (d *Daemon) Tag(ctx context.Context, key lb.Key) (tag string) {
 }
 
 // PutService makes or changes a service. It returns after the change is written
-// down, with the entity tag of what was written. The error wraps ErrDeclared or ErrChanged, or is a strict.Errors for a
-// body that cannot be used.
+// down, with the entity tag of what was written. The error wraps ErrDeclared or
+// ErrChanged, or is a strict.Errors for a body that cannot be used.
 func (d *Daemon) PutService(ctx context.Context, key lb.Key, body []byte, condition Condition) (created bool, tag string, err error) {
+	var lost *bool
 	err = d.do(ctx, func(r *reconciler) error {
 		if s := r.declared[key]; s != nil {
 			return fmt.Errorf("%w: change it at %s", ErrDeclared, s.Origin)
@@ -296,7 +312,7 @@ func (d *Daemon) PutService(ctx context.Context, key lb.Key, body []byte, condit
 		if err != nil {
 			return err
 		}
-		r.stage(func(tx *ledger.Tx) { tx.PutObject(stored) })
+		lost = r.guard(condition, stored.Owner, old, func(tx *ledger.Tx) { tx.PutObject(stored) })
 		obj.raw, r.put[key] = stored.Spec, obj
 		created, tag = old == nil, obj.etag()
 		if !created && !bytes.Equal(old.raw, stored.Spec) {
@@ -304,6 +320,9 @@ func (d *Daemon) PutService(ctx context.Context, key lb.Key, body []byte, condit
 		}
 		return nil
 	})
+	if err == nil && *lost {
+		err = fmt.Errorf("%w: another replica was first: read it again", ErrChanged)
+	}
 	return created, tag, err
 }
 
@@ -329,6 +348,7 @@ func newObjectStrict(key lb.Key, rec serviceRecord, origin string, c *lb.Config)
 // ErrChanged.
 func (d *Daemon) DeleteService(ctx context.Context, key lb.Key, condition Condition) (records []ledger.Record, err error) {
 	owner := ownerOf(key)
+	var lost *bool
 	err = d.do(ctx, func(r *reconciler) error {
 		if s := r.declared[key]; s != nil {
 			return fmt.Errorf("%w: remove it at %s", ErrDeclared, s.Origin)
@@ -343,10 +363,13 @@ func (d *Daemon) DeleteService(ctx context.Context, key lb.Key, condition Condit
 		if g := r.catalog().Groups[key]; g != nil {
 			return fmt.Errorf("%w: %s; deregister its %d instances first", ErrAnnounced, g.Instances[0].Origin, len(g.Instances))
 		}
-		r.stage(func(tx *ledger.Tx) { tx.DeleteObject(owner) })
+		lost = r.guard(condition, owner, old, func(tx *ledger.Tx) { tx.DeleteObject(owner) })
 		r.put[key] = nil
 		return nil
 	})
+	if err == nil && *lost {
+		err = fmt.Errorf("%w: another replica was first: read it again", ErrChanged)
+	}
 	if err != nil {
 		return nil, err
 	}
