@@ -1,6 +1,7 @@
 package main
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -9,12 +10,10 @@ import (
 	"strings"
 	"time"
 
-	"encoding/json"
-
 	"github.com/spf13/cobra"
 
 	"github.com/roostmesh/roost/cmd/internal/admin"
-	"github.com/roostmesh/roost/cmd/internal/daemon"
+	"github.com/roostmesh/roost/cmd/internal/drain"
 )
 
 func instancePath(name, verb string) string {
@@ -46,7 +45,7 @@ func drainVerb(o *options) *cobra.Command {
 		if err != nil {
 			return exit(exitUnreachable, err)
 		}
-		var r daemon.DrainResult
+		var r drain.Result
 		if err := json.Unmarshal(data, &r); err != nil {
 			return exit(exitFailed, err)
 		}
@@ -57,7 +56,7 @@ func drainVerb(o *options) *cobra.Command {
 
 // drained prints what a drain came to. What was in flight has had its time; a
 // proxy or a replica that said nothing may still send traffic.
-func (o *options) drained(cmd *cobra.Command, r daemon.DrainResult) error {
+func (o *options) drained(cmd *cobra.Command, r drain.Result) error {
 	err := o.print(cmd, r, func(t *table) {
 		t.row("instance", r.Instance)
 		t.row("drained", r.Drained)

@@ -9,6 +9,7 @@ import (
 	"github.com/danielgtaylor/huma/v2"
 
 	"github.com/roostmesh/roost/cmd/internal/daemon"
+	"github.com/roostmesh/roost/cmd/internal/drain"
 )
 
 func (a *api) registerDrains(h huma.API) {
@@ -21,12 +22,12 @@ type drainInput struct {
 	Timeout float64 `query:"timeout" minimum:"0" doc:"seconds; default: the service's drain.timeout"`
 }
 
-func (a *api) drain(ctx context.Context, in *drainInput) (*body[daemon.DrainResult], error) {
+func (a *api) drain(ctx context.Context, in *drainInput) (*body[drain.Result], error) {
 	result, err := a.d.Drain(ctx, unescape(in.ID), time.Duration(in.Timeout*float64(time.Second)))
 	if err != nil {
 		return nil, notDrained(err)
 	}
-	return &body[daemon.DrainResult]{result}, nil
+	return &body[drain.Result]{result}, nil
 }
 
 // Undrained says which instance is back.
@@ -57,7 +58,7 @@ func notDrained(err error) error {
 		return &ambiguous{&huma.ErrorModel{Title: http.StatusText(http.StatusConflict), Status: http.StatusConflict, Detail: err.Error()}, many.Candidates}
 	case errors.Is(err, daemon.ErrUnknownInstance):
 		return huma.Error404NotFound(err.Error())
-	case errors.Is(err, daemon.ErrNotDraining):
+	case errors.Is(err, daemon.ErrNotDraining), errors.Is(err, drain.ErrGivenUp):
 		return huma.Error409Conflict(err.Error())
 	}
 	return huma.Error503ServiceUnavailable(err.Error())

@@ -25,6 +25,7 @@ import (
 
 	"github.com/roostmesh/roost/certs"
 	"github.com/roostmesh/roost/cmd/internal/config"
+	"github.com/roostmesh/roost/cmd/internal/drain"
 	"github.com/roostmesh/roost/cmd/internal/events"
 	"github.com/roostmesh/roost/cmd/internal/replicas"
 	"github.com/roostmesh/roost/discovery"
@@ -59,7 +60,7 @@ type Daemon struct {
 	store      ledger.Store
 	shared     *sharedStore    // store, where replicas share it; else nil
 	group      *replicas.Group // those replicas; nil without a shared store
-	outcomes   *outcomes       // of this replica's drains
+	outcomes   *drain.Outcomes // of this replica's drains
 	ledger     *ledger.Ledger
 	aggregator *discovery.Aggregator
 	static     *discovery.Static
@@ -91,7 +92,7 @@ func New(ctx context.Context, c *config.Config, log *slog.Logger) (*Daemon, erro
 	d := &Daemon{
 		Registry: prometheus.NewRegistry(), log: log, start: c, problems: newProblemLog(),
 		reloads: make(chan reload), commands: make(chan command), stopped: make(chan struct{}),
-		files: certs.NewFiles(log, nil), outcomes: newOutcomes(), static: discovery.NewStatic(SourceConfig, c.Static),
+		files: certs.NewFiles(log, nil), outcomes: drain.NewOutcomes(), static: discovery.NewStatic(SourceConfig, c.Static),
 	}
 	if err := d.open(ctx, c); err != nil {
 		d.Close()

@@ -10,7 +10,9 @@ import (
 	"strings"
 	"time"
 
+	"github.com/roostmesh/roost/cmd/internal/changes"
 	"github.com/roostmesh/roost/cmd/internal/config"
+	"github.com/roostmesh/roost/cmd/internal/drain"
 	"github.com/roostmesh/roost/discovery"
 	"github.com/roostmesh/roost/lb"
 	"github.com/roostmesh/roost/lb/ledger"
@@ -46,12 +48,12 @@ type drains struct {
 	now     func() time.Time
 	started time.Time
 	seen    map[string]bool     // marked instances that a catalog has shown; by qualified name
-	running map[string]*drainer // by qualified name
+	running map[string]*running // by qualified name
 	over    map[string]string   // instances in maintenance that have been let go, with their place
 }
 
 func newDrains(d *Daemon, now func() time.Time) *drains {
-	return &drains{d: d, now: now, started: now(), seen: map[string]bool{}, running: map[string]*drainer{}, over: map[string]string{}}
+	return &drains{d: d, now: now, started: now(), seen: map[string]bool{}, running: map[string]*running{}, over: map[string]string{}}
 }
 
 // phases is what Build is told: how far each marked instance is. Marks that mean
@@ -70,7 +72,7 @@ func (d *drains) phases(c *discovery.Catalog, marks []ledger.Mark) map[lb.Key]ma
 	for _, m := range marks {
 		i := instanceNamed(c, m)
 		w, err := wishOf(m)
-		if i == nil || err != nil || w.Place != place(i) {
+		if i == nil || err != nil || w.Place != changes.Place(i) {
 			continue
 		}
 		d.seen[m.Name] = true
@@ -85,7 +87,7 @@ func (d *drains) phases(c *discovery.Catalog, marks []ledger.Mark) map[lb.Key]ma
 	}
 	for name, where := range d.over {
 		i := find(c, name)
-		if i == nil || i.Health != discovery.Maintenance || place(i) != where {
+		if i == nil || i.Health != discovery.Maintenance || changes.Place(i) != where {
 			delete(d.over, name)
 			continue
 		}
@@ -137,7 +139,7 @@ func (d *drains) stale(c *discovery.Catalog, marks []ledger.Mark) (out []ledger.
 		w, err := wishOf(m)
 		switch {
 		case i == nil && !d.seen[m.Name] && d.now().Sub(d.started) < absentFor:
-		case err != nil, i == nil, w.Place != place(i):
+		case err != nil, i == nil, w.Place != changes.Place(i):
 			delete(d.seen, m.Name)
 			out = append(out, m.Key())
 		}
@@ -167,21 +169,51 @@ func (d *drains) follow(ctx context.Context, s *lb.Snapshot) {
 	}
 	for name, r := range d.running {
 		if !draining[name] {
-			r.cancel()
+			r.cancel(drain.ErrGivenUp)
 			delete(d.running, name)
 		}
 	}
 	for _, m := range d.d.ledger.Marks() {
 		draining[m.Name] = draining[m.Name] || m.Kind == ledger.MarkDrain
 	}
-	d.d.outcomes.keep(draining)
+	d.d.outcomes.Keep(draining)
 }
 
 func hasMaintenance(s *lb.Service) bool {
 	return slices.ContainsFunc(s.Endpoints, func(e *lb.Endpoint) bool { return e.Instance.Health == discovery.Maintenance })
 }
 
-func (d *drains) start(ctx context.Context, s *lb.Snapshot, svc *lb.Service, e *lb.Endpoint) *drainer {
+// running is a drain that is waited for.
+type running struct {
+	*drain.Drain
+	cancel context.CancelCauseFunc
+}
+
+// config is what every drain of this replica has.
+func (d *drains) config() drain.Config {
+	c := drain.Config{
+		Proxies: d.d.XDS, Outcomes: d.d.outcomes,
+		Acked: func() uint64 {
+			p := d.d.progress.Load()
+			if p == nil {
+				return 0
+			}
+			return p.Acked
+		},
+		Close: func(ctx context.Context, instance string) error {
+			return d.d.do(ctx, func(r *reconciler) error {
+				r.phase(instance, phaseClosing)
+				return nil
+			})
+		},
+	}
+	if d.d.group != nil {
+		c.Replicas = d.d.group
+	}
+	return c
+}
+
+func (d *drains) start(ctx context.Context, s *lb.Snapshot, svc *lb.Service, e *lb.Endpoint) *running {
 	timeout, mark := svc.Spec.DrainTime(), uint64(0)
 	for _, m := range d.d.ledger.Marks() {
 		if m.Kind != ledger.MarkDrain || m.Name != e.Instance.QualifiedName() {
@@ -191,12 +223,11 @@ func (d *drains) start(ctx context.Context, s *lb.Snapshot, svc *lb.Service, e *
 			mark, timeout = m.Generation, time.Duration(w.Timeout*float64(time.Second))
 		}
 	}
-	ctx, cancel := context.WithCancel(ctx)
-	r := newDrainer(d.d, s.Version, svc, e, timeout)
-	r.cancel, r.mark = cancel, mark
+	ctx, cancel := context.WithCancelCause(ctx)
+	r := &running{drain.New(d.config(), drain.Wish{Version: s.Version, Service: svc, Endpoint: e, Timeout: timeout, Mark: mark}), cancel}
 	d.d.drainers.Go(func() {
-		defer cancel()
-		if r.run(ctx) != nil {
+		defer cancel(nil)
+		if r.Run(ctx) != nil {
 			return
 		}
 		_ = d.d.do(ctx, func(rec *reconciler) error { // when Roost stops, its next start goes on
@@ -250,7 +281,7 @@ func (d *Daemon) isClosing(name string) bool {
 // drained lets go of an instance after its drain.
 func (r *reconciler) drained(i *discovery.Instance, marked bool) {
 	if !marked {
-		r.drains.over[i.QualifiedName()] = place(i)
+		r.drains.over[i.QualifiedName()] = changes.Place(i)
 		return
 	}
 	r.phase(i.QualifiedName(), phaseDrained)
@@ -323,8 +354,8 @@ func Instance(c *discovery.Catalog, name string) (*discovery.Instance, error) {
 // of it or its time is over. timeout 0 is the service's. The error wraps
 // ErrUnknownInstance, is an *AmbiguousError, or says that the wish could not be
 // written down.
-func (d *Daemon) Drain(ctx context.Context, name string, timeout time.Duration) (DrainResult, error) {
-	var running *drainer
+func (d *Daemon) Drain(ctx context.Context, name string, timeout time.Duration) (drain.Result, error) {
+	var waiting *running
 	var full string
 	begun := time.Now()
 	err := d.do(ctx, func(r *reconciler) error {
@@ -337,14 +368,14 @@ func (d *Daemon) Drain(ctx context.Context, name string, timeout time.Duration) 
 		if svc := d.snapshot.Load().Services[i.Key]; limit == 0 && svc != nil {
 			limit = svc.Spec.DrainTime()
 		}
-		data, err := json.Marshal(drainWish{limit.Seconds(), place(i), phaseDraining})
+		data, err := json.Marshal(drainWish{limit.Seconds(), changes.Place(i), phaseDraining})
 		if err != nil {
 			return err
 		}
 		key := ledger.MarkKey{Kind: ledger.MarkDrain, Name: full}
 		r.stage(func(tx *ledger.Tx) {
 			if m, ok := tx.Mark(key); ok {
-				if w, err := wishOf(m); err == nil && w.Place == place(i) {
+				if w, err := wishOf(m); err == nil && w.Place == changes.Place(i) {
 					return // it drains, or has drained, already
 				}
 			}
@@ -353,15 +384,15 @@ func (d *Daemon) Drain(ctx context.Context, name string, timeout time.Duration) 
 		return nil
 	})
 	if err != nil {
-		return DrainResult{}, err
+		return drain.Result{}, err
 	}
-	if err := d.look(ctx, func(r *reconciler) { running = r.drains.running[full] }); err != nil {
-		return DrainResult{}, err
+	if err := d.look(ctx, func(r *reconciler) { waiting = r.drains.running[full] }); err != nil {
+		return drain.Result{}, err
 	}
-	if running == nil { // it has drained before, or no proxy can have it
-		return DrainResult{Instance: full, Drained: true, Took: time.Since(begun).Seconds(), Waiting: []string{}, Unknown: []string{}, Gone: []string{}}, nil
+	if waiting == nil { // it has drained before, or no proxy can have it
+		return drain.Done(full, begun), nil
 	}
-	return running.result(ctx)
+	return waiting.Result(ctx)
 }
 
 // Undrain puts an instance back into service. The error wraps ErrUnknownInstance

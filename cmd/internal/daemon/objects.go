@@ -12,6 +12,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/roostmesh/roost/cmd/internal/changes"
 	"github.com/roostmesh/roost/cmd/internal/config"
 	"github.com/roostmesh/roost/cmd/internal/events"
 	"github.com/roostmesh/roost/discovery"
@@ -108,7 +109,7 @@ func (r *reconciler) object(key lb.Key) *object {
 // record stages services that a source shows for the first time, and explicit
 // ports that replace guessed ones.
 func (r *reconciler) record(catalog *discovery.Catalog) []events.Event {
-	var changes []events.Event
+	var told []events.Event
 	seen := r.groups
 	r.groups = catalog.Groups
 	for key, group := range catalog.Groups {
@@ -132,10 +133,10 @@ func (r *reconciler) record(catalog *discovery.Catalog) []events.Event {
 			}
 		})
 		if old != nil {
-			changes = append(changes, events.Change(events.ServiceChanged, key.Tenant, key.Service, "", "its ports are now "+portsText(obj.spec.Ports), group.Seen, 0))
+			told = append(told, events.Change(events.ServiceChanged, key.Tenant, key.Service, "", "its ports are now "+changes.PortsText(obj.spec.Ports), group.Seen, 0))
 		}
 	}
-	return changes
+	return told
 }
 
 // stored is what the store keeps of an object.
@@ -223,17 +224,6 @@ func merge(ports *[]recordedPort, guessed *[]string, w discovery.WantedPort) boo
 		*guessed = append(*guessed, w.Name)
 	}
 	return true
-}
-
-func portsText(ports []lb.PortSpec) string {
-	out := ""
-	for i, p := range ports {
-		if i > 0 {
-			out += ", "
-		}
-		out += fmt.Sprintf("%d/%s", p.Port, p.Protocol)
-	}
-	return out
 }
 
 // The errors of service objects that a caller tells apart.

@@ -16,6 +16,7 @@ import (
 
 	"github.com/roostmesh/roost/certs"
 	"github.com/roostmesh/roost/cmd/internal/config"
+	"github.com/roostmesh/roost/cmd/internal/drain"
 	"github.com/roostmesh/roost/cmd/internal/events"
 	"github.com/roostmesh/roost/discovery"
 	"github.com/roostmesh/roost/lb"
@@ -195,7 +196,7 @@ func (w *world) start() {
 	c := w.config()
 	w.d = &Daemon{
 		Events: events.New(clock, nil), log: log, start: c, problems: newProblemLog(), store: journal, ledger: l,
-		commands: make(chan command), stopped: make(chan struct{}), outcomes: newOutcomes(),
+		commands: make(chan command), stopped: make(chan struct{}), outcomes: drain.NewOutcomes(),
 		files: certs.NewFiles(log, nil), static: discovery.NewStatic(SourceConfig, nil),
 	}
 	w.d.config.Store(c)

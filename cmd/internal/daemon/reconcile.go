@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/roostmesh/roost/certs"
+	"github.com/roostmesh/roost/cmd/internal/changes"
 	"github.com/roostmesh/roost/cmd/internal/config"
 	"github.com/roostmesh/roost/cmd/internal/events"
 	"github.com/roostmesh/roost/discovery"
@@ -56,7 +57,7 @@ type reconciler struct {
 	put map[lb.Key]*object
 	// problems are those of the reconciler itself: a full pool, a refused change.
 	problems   []lb.Problem
-	departures *departures
+	changes    *changes.Memory
 	quarantine *quarantine
 	drains     *drains
 	shorter    time.Time             // when the config in force came, whose TTL may be shorter than the one before
@@ -83,7 +84,7 @@ type proxies interface {
 }
 
 func newReconciler(d *Daemon, now func() time.Time) *reconciler {
-	return &reconciler{d: d, now: now, put: map[lb.Key]*object{}, departures: newDepartures(now), quarantine: newQuarantine(now), drains: newDrains(d, now), released: map[string]releasedAt{}}
+	return &reconciler{d: d, now: now, put: map[lb.Key]*object{}, changes: changes.New(now), quarantine: newQuarantine(now), drains: newDrains(d, now), released: map[string]releasedAt{}}
 }
 
 // run reconciles whenever something has changed, until ctx ends.
@@ -200,7 +201,7 @@ func (r *reconciler) build(ctx context.Context) error {
 	r.d.snapshot.Store(snapshot)
 	r.d.publishClosing(snapshot)
 	// An event is there before the first ACK of it can come.
-	r.d.Events.Add(append(changes, r.departures.differences(prev, snapshot)...)...)
+	r.d.Events.Add(append(changes, r.changes.Between(prev, snapshot)...)...)
 	if catalog.Ready || r.served {
 		world := envoy.Translate(r.world, snapshot, r.d.files.Pairs())
 		r.proxies.Publish(world, world.Since(r.world))

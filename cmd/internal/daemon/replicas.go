@@ -78,7 +78,7 @@ func (d *Daemon) acked() uint64 {
 func (d *Daemon) self() replicas.Self {
 	s := replicas.Self{Config: d.config.Load().Hash(), Acked: d.acked(), Cleared: d.cleared.Load()}
 	var err error
-	if s.Urgent, err = json.Marshal(d.outcomes.list()); err != nil {
+	if s.Urgent, err = d.outcomes.JSON(); err != nil {
 		d.log.Error("the outcomes of drains cannot be told", "error", err)
 	}
 	return s

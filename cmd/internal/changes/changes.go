@@ -1,4 +1,7 @@
-package daemon
+// Package changes tells in events what has changed from one Snapshot to the next.
+// It remembers who has left, so that an instance that comes back elsewhere is told
+// as a migration. It starts no goroutine and is used by one.
+package changes
 
 import (
 	"fmt"
@@ -11,9 +14,8 @@ import (
 	"github.com/roostmesh/roost/lb"
 )
 
-// departures remembers instances that have left, so that one that comes back
-// under its id elsewhere is told as a migration. It is owned by the reconciler.
-type departures struct {
+// Memory is what is remembered between Snapshots.
+type Memory struct {
 	left map[departed]departure
 	now  func() time.Time
 }
@@ -35,28 +37,29 @@ const (
 	departedMost = 20_000
 )
 
-func newDepartures(now func() time.Time) *departures {
-	return &departures{left: map[departed]departure{}, now: now}
+// New returns an empty Memory; now is the clock.
+func New(now func() time.Time) *Memory {
+	return &Memory{left: map[departed]departure{}, now: now}
 }
 
-func (d *departures) leave(i *discovery.Instance) {
+func (d *Memory) leave(i *discovery.Instance) {
 	if len(d.left) >= departedMost {
 		clear(d.left)
 	}
-	d.left[departed{i.Key, i.ID}] = departure{place(i), d.now()}
+	d.left[departed{i.Key, i.ID}] = departure{Place(i), d.now()}
 }
 
 // back returns where an instance was before it left, once.
-func (d *departures) back(i *discovery.Instance) (was departure, ok bool) {
+func (d *Memory) back(i *discovery.Instance) (was departure, ok bool) {
 	id := departed{i.Key, i.ID}
 	was, ok = d.left[id]
 	delete(d.left, id)
-	return was, ok && d.now().Sub(was.at) < departedFor && was.place != place(i)
+	return was, ok && d.now().Sub(was.at) < departedFor && was.place != Place(i)
 }
 
-// differences lists what has changed from one Snapshot to the next, as events
+// Between lists what has changed from one Snapshot to the next, as events
 // whose receipts are due when every proxy has the new one.
-func (d *departures) differences(prev, next *lb.Snapshot) []events.Event {
+func (d *Memory) Between(prev, next *lb.Snapshot) []events.Event {
 	var out []events.Event
 	if prev == nil || !prev.Catalog.Ready {
 		return nil // what was there before the start is no change
@@ -70,7 +73,7 @@ func (d *departures) differences(prev, next *lb.Snapshot) []events.Event {
 			out = append(out, d.moved(&lb.Service{}, s, next.Version)...)
 		default:
 			if before.Spec != s.Spec && !slices.Equal(before.Spec.Ports, s.Spec.Ports) {
-				out = append(out, events.Change(events.ServiceChanged, s.Key.Tenant, s.Key.Service, "", "its ports are now "+portsText(s.Spec.Ports), time.Time{}, 0))
+				out = append(out, events.Change(events.ServiceChanged, s.Key.Tenant, s.Key.Service, "", "its ports are now "+PortsText(s.Spec.Ports), time.Time{}, 0))
 			}
 			out = append(out, d.moved(before, s, next.Version)...)
 		}
@@ -86,7 +89,7 @@ func (d *departures) differences(prev, next *lb.Snapshot) []events.Event {
 // moved tells what happened to a service's instances. One that is there under
 // the same id with another address or node has migrated, also when it was away
 // in between.
-func (d *departures) moved(before, after *lb.Service, version uint64) []events.Event {
+func (d *Memory) moved(before, after *lb.Service, version uint64) []events.Event {
 	m := movement{version: version, seen: d.now()}
 	// With the same group a drain has changed something, not the source.
 	if after.Group != nil && after.Group != before.Group {
@@ -113,16 +116,16 @@ func (d *departures) moved(before, after *lb.Service, version uint64) []events.E
 		was, ok := d.back(e.Instance)
 		if other := sameID(gone, e.Instance.ID); other != nil {
 			delete(gone, other.Instance.QualifiedName())
-			m.add(events.InstanceMigrated, e.Instance, place(other.Instance)+" -> "+place(e.Instance))
+			m.add(events.InstanceMigrated, e.Instance, Place(other.Instance)+" -> "+Place(e.Instance))
 		} else if ok {
-			m.add(events.InstanceMigrated, e.Instance, fmt.Sprintf("%s -> %s, after %s", was.place, place(e.Instance), d.now().Sub(was.at).Round(time.Millisecond)))
+			m.add(events.InstanceMigrated, e.Instance, fmt.Sprintf("%s -> %s, after %s", was.place, Place(e.Instance), d.now().Sub(was.at).Round(time.Millisecond)))
 		} else {
-			m.add(events.InstanceAdded, e.Instance, place(e.Instance))
+			m.add(events.InstanceAdded, e.Instance, Place(e.Instance))
 		}
 	}
 	for _, name := range slices.Sorted(maps.Keys(gone)) {
 		d.leave(gone[name].Instance)
-		m.add(events.InstanceRemoved, gone[name].Instance, place(gone[name].Instance))
+		m.add(events.InstanceRemoved, gone[name].Instance, Place(gone[name].Instance))
 	}
 	return m.events
 }
@@ -147,8 +150,8 @@ func (m *movement) add(kind string, i *discovery.Instance, message string) {
 func (m *movement) changed(was, now *lb.Endpoint) {
 	i := now.Instance
 	switch {
-	case place(was.Instance) != place(i):
-		m.add(events.InstanceMigrated, i, place(was.Instance)+" -> "+place(i))
+	case Place(was.Instance) != Place(i):
+		m.add(events.InstanceMigrated, i, Place(was.Instance)+" -> "+Place(i))
 	case was.Drain != now.Drain && now.Drain == lb.Draining && i.Health == discovery.Maintenance:
 		m.add(events.InstanceDraining, i, "in maintenance")
 	case was.Drain != now.Drain && now.Drain == lb.Draining:
@@ -173,7 +176,8 @@ func sameID(gone map[string]*lb.Endpoint, id string) *lb.Endpoint {
 	return nil
 }
 
-func place(i *discovery.Instance) string {
+// Place is where an instance is: address, ports and node.
+func Place(i *discovery.Instance) string {
 	text := i.Address.String()
 	for n, p := range i.Ports {
 		if n == 0 {
@@ -201,6 +205,18 @@ func sources(prev, next *discovery.Catalog) []events.Event {
 		case !s.Stale && stale[s.Name]:
 			out = append(out, events.Fact(events.SourceRecovered, "", s.Name+" answers again"))
 		}
+	}
+	return out
+}
+
+// PortsText writes ports as "80/http, 5432/tcp".
+func PortsText(ports []lb.PortSpec) string {
+	out := ""
+	for i, p := range ports {
+		if i > 0 {
+			out += ", "
+		}
+		out += fmt.Sprintf("%d/%s", p.Port, p.Protocol)
 	}
 	return out
 }

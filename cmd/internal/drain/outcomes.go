@@ -1,4 +1,4 @@
-package daemon
+package drain
 
 import (
 	"encoding/json"
@@ -18,31 +18,33 @@ type outcome struct {
 	Gone       []string `json:"gone,omitempty"`
 }
 
-// outcomes are those of this replica, by the instances' qualified names.
-type outcomes struct {
+// Outcomes are those of this replica, by the instances' qualified names.
+type Outcomes struct {
 	mu sync.Mutex
 	by map[string]outcome // guarded by mu
 }
 
-func newOutcomes() *outcomes { return &outcomes{by: map[string]outcome{}} }
+// NewOutcomes returns none.
+func NewOutcomes() *Outcomes { return &Outcomes{by: map[string]outcome{}} }
 
-func (o *outcomes) set(instance string, out outcome) {
+func (o *Outcomes) set(instance string, out outcome) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	o.by[instance] = out
 }
 
-// keep forgets all but some instances.
-func (o *outcomes) keep(instances map[string]bool) {
+// Keep forgets all but some instances.
+func (o *Outcomes) Keep(instances map[string]bool) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	maps.DeleteFunc(o.by, func(name string, _ outcome) bool { return !instances[name] })
 }
 
-func (o *outcomes) list() map[string]outcome {
+// JSON is what the other replicas are told, and read by outcomeOf.
+func (o *Outcomes) JSON() ([]byte, error) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	return maps.Clone(o.by)
+	return json.Marshal(o.by)
 }
 
 // outcomeOf is how far another replica is with a drain of a generation.

@@ -1,19 +1,28 @@
-package daemon
+// Package drain waits until nobody has one instance any more: the proxies of this
+// replica have confirmed that it drains and have nothing in flight to it, and the
+// other replicas say the same of theirs. What to wait for goes in; a Result comes
+// out, which names who did not answer.
+//
+// A Drain's Run is one goroutine's; everything else may be called from any. It
+// decides nothing: who drains is the ledger's marks' to say.
+package drain
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"time"
 
+	"github.com/roostmesh/roost/cmd/internal/replicas"
 	"github.com/roostmesh/roost/lb"
 	"github.com/roostmesh/roost/xds"
 	"github.com/roostmesh/roost/xds/envoy"
 )
 
 const (
-	// drainPoll is how often a drain looks at proxies; a look is cheap.
-	drainPoll = 2 * time.Millisecond
+	// pollEvery is how often a drain looks at proxies; a look is cheap.
+	pollEvery = 2 * time.Millisecond
 	// returnsWithin is how long a drain waits for a proxy that has just lost its
 	// stream; one that is gone for longer is only named.
 	returnsWithin = 2 * time.Second
@@ -24,8 +33,8 @@ const (
 	closeWithin = 3 * time.Second
 )
 
-// DrainResult is what a drain came to.
-type DrainResult struct {
+// Result is what a drain came to.
+type Result struct {
 	Instance string   `json:"instance"`
 	Drained  bool     `json:"drained" doc:"every proxy has let go of it; nothing that is known of is in flight"`
 	TimedOut bool     `json:"timed_out"`
@@ -36,25 +45,58 @@ type DrainResult struct {
 	Gone     []string `json:"gone" doc:"proxies that are not connected and may still have it"`
 }
 
-// drainer waits until this replica's proxies have let go of one instance.
-type drainer struct {
-	d        *Daemon
-	instance string
-	version  uint64 // of the first Snapshot in which it drains
-	clusters []string
-	targets  []xds.Target
-	timeout  time.Duration
-	closes   bool   // connections that outlive the timeout are closed
-	mark     uint64 // its generation in the store; 0: no other replica drains it
-	begun    time.Time
-	cancel   context.CancelFunc
-	done     chan struct{} // closed at the end; outcome is set where err is nil
-	err      error
-	outcome  DrainResult
+// Proxies are those of this replica: an xds.Server.
+type Proxies interface {
+	WatchLoad(clusters ...string) (stop func())
+	InFlight(since time.Time, targets ...xds.Target) (busy map[string]uint64, silent []string)
+	Behind(version uint64) []string
+	Proxies() []xds.ProxyStatus
+	Holders(t envoy.Type, wanted func(name string) bool) []xds.Holder
 }
 
-func newDrainer(d *Daemon, version uint64, s *lb.Service, e *lb.Endpoint, timeout time.Duration) *drainer {
-	r := &drainer{d: d, instance: e.Instance.QualifiedName(), version: version, timeout: timeout, closes: s.DrainCheck.IsValid(), begun: time.Now(), done: make(chan struct{})}
+// Replicas are the others: a replicas.Group.
+type Replicas interface {
+	Others() ([]replicas.Other, bool)
+	Poke()
+}
+
+// Config is what Drains need of their surroundings.
+type Config struct {
+	Proxies  Proxies
+	Acked    func() uint64 // the newest Snapshot that every proxy has settled; 0: not known yet
+	Replicas Replicas      // nil: there are none
+	Outcomes *Outcomes     // what the others are told
+	// Close has what an instance still has in flight closed, on every replica.
+	Close func(ctx context.Context, instance string) error
+}
+
+// Wish is one instance to wait for.
+type Wish struct {
+	Version  uint64 // of the first Snapshot in which it drains
+	Service  *lb.Service
+	Endpoint *lb.Endpoint
+	Timeout  time.Duration
+	Mark     uint64 // its generation in the store; 0: no other replica drains it
+}
+
+// Drain waits for one instance.
+type Drain struct {
+	cfg      Config
+	wish     Wish
+	instance string
+	clusters []string
+	targets  []xds.Target
+	closes   bool // connections that outlive the timeout are closed
+	begun    time.Time
+	done     chan struct{} // closed at the end; outcome is set where err is nil
+	err      error
+	outcome  Result
+}
+
+// New makes a Drain; its time begins now.
+func New(cfg Config, w Wish) *Drain {
+	s, e := w.Service, w.Endpoint
+	r := &Drain{cfg: cfg, wish: w, instance: e.Instance.QualifiedName(), closes: s.DrainCheck.IsValid(), begun: time.Now(), done: make(chan struct{})}
 	for n, p := range s.Ports {
 		if !e.At[n].IsValid() {
 			continue
@@ -70,17 +112,17 @@ func newDrainer(d *Daemon, version uint64, s *lb.Service, e *lb.Endpoint, timeou
 	return r
 }
 
-// run returns when nothing holds the instance any more, on any replica, or its
-// time is over; with an error only when ctx ends before.
-func (r *drainer) run(ctx context.Context) (err error) {
+// Run returns when nothing holds the instance any more, on any replica, or its
+// time is over; with an error only when ctx ends before: its cause.
+func (r *Drain) Run(ctx context.Context) (err error) {
 	defer func() {
 		r.err = err
 		close(r.done)
 	}()
-	stop := r.d.XDS.WatchLoad(r.clusters...)
+	stop := r.cfg.Proxies.WatchLoad(r.clusters...)
 	defer stop()
-	out := DrainResult{Instance: r.instance, Waiting: []string{}, Unknown: []string{}, Gone: []string{}}
-	limit := r.begun.Add(r.timeout)
+	out := Result{Instance: r.instance, Waiting: []string{}, Unknown: []string{}, Gone: []string{}}
+	limit := r.begun.Add(r.wish.Timeout)
 	var confirmed time.Time // when every proxy had confirmed
 	late, err := r.poll(ctx, limit, func() bool {
 		if confirmed.IsZero() && r.settled() {
@@ -91,7 +133,7 @@ func (r *drainer) run(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	if late && r.closes && r.mark > 0 {
+	if late && r.closes && r.wish.Mark > 0 {
 		if late, err = r.close(ctx, confirmed); err != nil {
 			return err
 		}
@@ -99,9 +141,9 @@ func (r *drainer) run(ctx context.Context) (err error) {
 	}
 	out.Drained, out.TimedOut = !late, out.TimedOut || late
 	r.findings(&out, confirmed)
-	r.d.outcomes.set(r.instance, outcome{r.mark, true, out.InFlight, out.Waiting, out.Unknown, out.Gone})
-	if r.d.group != nil && r.mark > 0 {
-		r.d.group.Poke()
+	r.cfg.Outcomes.set(r.instance, outcome{r.wish.Mark, true, out.InFlight, out.Waiting, out.Unknown, out.Gone})
+	if r.cfg.Replicas != nil && r.wish.Mark > 0 {
+		r.cfg.Replicas.Poke()
 		if late, err = r.poll(ctx, r.grace(limit), func() bool { return len(r.silentReplicas()) == 0 }); err != nil {
 			return err
 		}
@@ -113,7 +155,7 @@ func (r *drainer) run(ctx context.Context) (err error) {
 }
 
 // grace is until when the other replicas are waited for.
-func (r *drainer) grace(limit time.Time) time.Time {
+func (r *Drain) grace(limit time.Time) time.Time {
 	if r.closes {
 		limit = limit.Add(closeWithin)
 	}
@@ -121,27 +163,23 @@ func (r *drainer) grace(limit time.Time) time.Time {
 }
 
 // close has every replica's proxies close what is left, and waits for that.
-func (r *drainer) close(ctx context.Context, confirmed time.Time) (late bool, err error) {
-	err = r.d.do(ctx, func(rec *reconciler) error {
-		rec.phase(r.instance, phaseClosing)
-		return nil
-	})
-	if err != nil {
-		return true, ctx.Err() // it is not written down: nothing is closed
+func (r *Drain) close(ctx context.Context, confirmed time.Time) (late bool, err error) {
+	if err := r.cfg.Close(ctx, r.instance); err != nil {
+		return true, context.Cause(ctx) // nil: it is not written down: nothing is closed
 	}
 	return r.poll(ctx, time.Now().Add(closeWithin), func() bool { return !confirmed.IsZero() && r.quiet(confirmed) })
 }
 
 // poll waits until ok, or reports that it was not before the limit.
-func (r *drainer) poll(ctx context.Context, limit time.Time, ok func() bool) (late bool, err error) {
+func (r *Drain) poll(ctx context.Context, limit time.Time, ok func() bool) (late bool, err error) {
 	timer := time.NewTimer(time.Until(limit))
 	defer timer.Stop()
-	tick := time.NewTicker(drainPoll)
+	tick := time.NewTicker(pollEvery)
 	defer tick.Stop()
 	for !ok() {
 		select {
 		case <-ctx.Done():
-			return false, ctx.Err()
+			return false, context.Cause(ctx)
 		case <-timer.C:
 			return true, nil
 		case <-tick.C:
@@ -151,16 +189,16 @@ func (r *drainer) poll(ctx context.Context, limit time.Time, ok func() bool) (la
 }
 
 // quiet says that every proxy has reported since, and has nothing in flight.
-func (r *drainer) quiet(since time.Time) bool {
-	busy, silent := r.d.XDS.InFlight(since, r.targets...)
+func (r *Drain) quiet(since time.Time) bool {
+	busy, silent := r.cfg.Proxies.InFlight(since, r.targets...)
 	return len(busy) == 0 && len(silent) == 0
 }
 
 // silentReplicas are those that have not said yet that they are through.
-func (r *drainer) silentReplicas() (names []string) {
-	list, _ := r.d.group.Others()
+func (r *Drain) silentReplicas() (names []string) {
+	list, _ := r.cfg.Replicas.Others()
 	for _, o := range list {
-		if _, done := outcomeOf(o, r.instance, r.mark); !done {
+		if _, done := outcomeOf(o, r.instance, r.wish.Mark); !done {
 			names = append(names, o.Name)
 		}
 	}
@@ -168,10 +206,10 @@ func (r *drainer) silentReplicas() (names []string) {
 }
 
 // others adds what the other replicas say.
-func (r *drainer) others(out *DrainResult, late bool) {
-	list, _ := r.d.group.Others()
+func (r *Drain) others(out *Result, late bool) {
+	list, _ := r.cfg.Replicas.Others()
 	for _, o := range list {
-		said, done := outcomeOf(o, r.instance, r.mark)
+		said, done := outcomeOf(o, r.instance, r.wish.Mark)
 		if !done {
 			out.Drained = false
 			out.Waiting = append(out.Waiting, "replica "+o.Name+" has not confirmed")
@@ -190,8 +228,8 @@ func (r *drainer) others(out *DrainResult, late bool) {
 
 // settled says that every connected proxy has confirmed that the instance
 // drains, and that none has just left that may come back.
-func (r *drainer) settled() bool {
-	if p := r.d.progress.Load(); p == nil || p.Acked < r.version {
+func (r *Drain) settled() bool {
+	if r.cfg.Acked() < r.wish.Version {
 		return false
 	}
 	for _, h := range r.holders() {
@@ -202,18 +240,18 @@ func (r *drainer) settled() bool {
 	return true
 }
 
-func (r *drainer) holders() []xds.Holder {
-	return r.d.XDS.Holders(envoy.Endpoint, func(name string) bool { return slices.Contains(r.clusters, name) })
+func (r *Drain) holders() []xds.Holder {
+	return r.cfg.Proxies.Holders(envoy.Endpoint, func(name string) bool { return slices.Contains(r.clusters, name) })
 }
 
 // findings names who of this replica's proxies has not let go.
-func (r *drainer) findings(out *DrainResult, confirmed time.Time) {
-	busy, silent := r.d.XDS.InFlight(confirmed, r.targets...)
+func (r *Drain) findings(out *Result, confirmed time.Time) {
+	busy, silent := r.cfg.Proxies.InFlight(confirmed, r.targets...)
 	for _, n := range busy {
 		out.InFlight += n
 	}
 	if out.TimedOut {
-		for _, id := range r.d.XDS.Behind(r.version) {
+		for _, id := range r.cfg.Proxies.Behind(r.wish.Version) {
 			out.Waiting = append(out.Waiting, "proxy "+id+" has not confirmed")
 		}
 		for _, id := range silent {
@@ -222,7 +260,7 @@ func (r *drainer) findings(out *DrainResult, confirmed time.Time) {
 			}
 		}
 	}
-	for _, p := range r.d.XDS.Proxies() {
+	for _, p := range r.cfg.Proxies.Proxies() {
 		for _, n := range p.Rejected {
 			if n.Type == envoy.Endpoint && slices.Contains(r.clusters, n.Name.Name) {
 				out.Drained = false
@@ -237,17 +275,25 @@ func (r *drainer) findings(out *DrainResult, confirmed time.Time) {
 	}
 }
 
-// result waits for the outcome.
-func (r *drainer) result(ctx context.Context) (DrainResult, error) {
+// Result waits for the end. The error is that of ctx, or wraps the cause for which
+// Run's ctx ended: ErrGivenUp, or the end of the program.
+func (r *Drain) Result(ctx context.Context) (Result, error) {
 	select {
 	case <-r.done:
 		if r.err != nil {
-			return DrainResult{}, fmt.Errorf("%w any more: it was put back into service, or it has left", ErrNotDraining)
+			return Result{}, fmt.Errorf("%s: %w", r.instance, r.err)
 		}
 		return r.outcome, nil
 	case <-ctx.Done():
-		return DrainResult{}, ctx.Err()
-	case <-r.d.stopped:
-		return DrainResult{}, errShutdown
+		return Result{}, ctx.Err()
 	}
+}
+
+// ErrGivenUp says that an instance was put back into service, or has left, while
+// somebody waited for its drain.
+var ErrGivenUp = errors.New("it does not drain any more: it was put back into service, or it has left")
+
+// Done is the Result of an instance that nobody has.
+func Done(instance string, begun time.Time) Result {
+	return Result{Instance: instance, Drained: true, Took: time.Since(begun).Seconds(), Waiting: []string{}, Unknown: []string{}, Gone: []string{}}
 }

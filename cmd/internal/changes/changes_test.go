@@ -1,4 +1,4 @@
-package daemon
+package changes
 
 import (
 	"net/netip"
@@ -16,7 +16,7 @@ import (
 func TestMoved(t *testing.T) {
 	start := time.Unix(1_800_000_000, 0)
 	now := start
-	d := newDepartures(func() time.Time { return now })
+	d := New(func() time.Time { return now })
 	key := lb.Key{Tenant: "acme", Service: "shop"}
 	instance := func(id, address string) *discovery.Instance {
 		return &discovery.Instance{ID: id, Node: "h1", Key: key, Address: netip.MustParseAddr(address), Ports: []discovery.Port{{Number: 80}}, Health: discovery.Passing, Source: "consul"}
