@@ -178,7 +178,7 @@ func runEnvoy(ctx context.Context, f proxyFlags, path string, extra []string, ou
 // guardOf are the rules for the namespace of this Envoy.
 func guardOf(c *config.Config, id lb.Identity) host.Rules {
 	r := host.RulesFor(c, envoy.CapturePort)
-	if id.Role != lb.Node {
+	if id.Role == lb.Sidecar { // a gateway is beside the node proxy of its host
 		r.Capture, r.Everybody = 0, false
 	}
 	if id.Role == lb.Sidecar && c.Model.CaptureSidecar != lb.CaptureBind {

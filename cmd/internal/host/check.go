@@ -80,23 +80,25 @@ func nftScript(r Rules) string {
 		if p.Addr().Is6() {
 			family = "ip6"
 		}
-		raw = append(raw, fmt.Sprintf("%s daddr %s notrack", family, p))
 		input = append(input, fmt.Sprintf("%s daddr %s meta l4proto tcp socket wildcard 1 reject with tcp reset", family, p))
-		if p.Addr().Is4() {
+		if r.captures(p) {
 			nat = append(nat, fmt.Sprintf("ip daddr %s meta l4proto tcp redirect to :%d", p, r.Capture))
-		}
-	}
-	hooks := []string{"prerouting", "output"}
-	kind, priority, rules := "filter", "-300", raw
-	if r.Capture != 0 {
-		kind, priority, rules = "nat", "-150", nat
-		if !r.Everybody {
-			hooks = hooks[1:]
+		} else {
+			raw = append(raw, fmt.Sprintf("%s daddr %s notrack", family, p))
 		}
 	}
 	var chains []string
-	for _, hook := range hooks {
-		chains = append(chains, fmt.Sprintf("chain %s { type %s hook %s priority %s; %s; }", hook, kind, hook, priority, strings.Join(rules, "; ")))
+	add := func(kind, priority string, rules []string, hooks ...string) {
+		for _, hook := range hooks {
+			if len(rules) > 0 {
+				chains = append(chains, fmt.Sprintf("chain %s_%s { type %s hook %s priority %s; %s; }", hook, kind, kind, hook, priority, strings.Join(rules, "; ")))
+			}
+		}
+	}
+	add("filter", "-300", raw, "prerouting", "output")
+	add("nat", "-150", nat, "output")
+	if r.Everybody {
+		add("nat", "-150", nat, "prerouting")
 	}
 	chains = append(chains, fmt.Sprintf("chain input { type filter hook input priority 0; %s; }", strings.Join(input, "; ")))
 	return fmt.Sprintf("nft 'table inet %s { %s; }'", r.tableName(), strings.Join(chains, "; "))

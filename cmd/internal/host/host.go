@@ -31,12 +31,13 @@ const guardEvery = 10 * time.Second
 // Rules are what the kernel should do with connections to pool addresses.
 type Rules struct {
 	Pools []netip.Prefix
-	// Capture redirects the pool's TCP to this port, where Envoy learns from
-	// connection tracking what was dialled; 0 is no capture, and the pool is
-	// taken out of connection tracking. (A transparent socket would need none,
+	// Capture redirects the TCP of the Captured pools to this port, where Envoy
+	// learns from connection tracking what was dialled; 0 is no capture. Other
+	// pools are taken out of connection tracking. (A transparent socket would need none,
 	// but bridges that pass their packets through the kernel's filters, as
 	// container engines make them do, lose it on the way.)
-	Capture uint16
+	Capture  uint16
+	Captured []netip.Prefix
 	// Everybody captures what comes from other namespaces, too.
 	Everybody bool
 }
@@ -59,9 +60,15 @@ func (r Rules) tableName() string {
 	return b.String()
 }
 
+// captures says that connections to a pool are redirected.
+func (r Rules) captures(pool netip.Prefix) bool {
+	return r.Capture != 0 && pool.Addr().Is4() && slices.Contains(r.Captured, pool)
+}
+
 // RulesFor are the rules of a host that runs `roost run` or a node proxy.
 func RulesFor(c *config.Config, captured uint16) Rules {
-	r := Rules{Pools: c.Model.InternalPools}
+	// Dedicated IPs are bound by gateways, also where the node proxy captures.
+	r := Rules{Pools: c.Model.InternalPools, Captured: c.Model.InternalPools}
 	for _, p := range c.Model.DedicatedPools {
 		r.Pools = append(slices.Clone(r.Pools), p.Prefix)
 	}

@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/binaryutil"
@@ -90,11 +91,12 @@ const beforeEngines nftables.ChainPriority = -150
 func (r Rules) add(c *nftables.Conn, t *nftables.Table) {
 	input := chain(c, t, "input", nftables.ChainTypeFilter, nftables.ChainHookInput, *nftables.ChainPriorityFilter)
 	var raw, nat []*nftables.Chain
-	if r.Capture == 0 {
+	if slices.ContainsFunc(r.Pools, func(p netip.Prefix) bool { return !r.captures(p) }) {
 		raw = append(raw,
 			chain(c, t, "prerouting_raw", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, beforeConntrack),
 			chain(c, t, "output_raw", nftables.ChainTypeFilter, nftables.ChainHookOutput, beforeConntrack))
-	} else {
+	}
+	if slices.ContainsFunc(r.Pools, r.captures) {
 		nat = append(nat, chain(c, t, "output_capture", nftables.ChainTypeNAT, nftables.ChainHookOutput, beforeEngines))
 		if r.Everybody {
 			nat = append(nat, chain(c, t, "prerouting_capture", nftables.ChainTypeNAT, nftables.ChainHookPrerouting, beforeEngines))
@@ -108,8 +110,10 @@ func (r Rules) add(c *nftables.Conn, t *nftables.Table) {
 			}
 			c.AddRule(&nftables.Rule{Table: t, Chain: ch, Exprs: all})
 		}
-		for _, ch := range raw {
-			rule(ch, []expr.Any{&expr.Notrack{}})
+		if !r.captures(pool) {
+			for _, ch := range raw {
+				rule(ch, []expr.Any{&expr.Notrack{}})
+			}
 		}
 		// A socket on every address must not answer for a service.
 		rule(input, tcp(), []expr.Any{
@@ -118,7 +122,7 @@ func (r Rules) add(c *nftables.Conn, t *nftables.Table) {
 			&expr.Reject{Type: unix.NFT_REJECT_TCP_RST},
 		})
 		for _, ch := range nat {
-			if pool.Addr().Is4() {
+			if r.captures(pool) {
 				rule(ch, tcp(), []expr.Any{
 					&expr.Immediate{Register: 1, Data: binaryutil.BigEndian.PutUint16(r.Capture)},
 					&expr.Redir{RegisterProtoMin: 1},
