@@ -40,7 +40,7 @@ type told struct {
 }
 
 const (
-	fireTTL  = time.Second
+	fireTTL  = 4 * time.Second // long enough for another service to come and be reached
 	firePort = 8080
 	webPort  = 8088
 )
@@ -77,8 +77,8 @@ routes: [{name: web, tenant: acme, listeners: [web], to: [{service: front}]}]
 
 func (f *fire) note(format string, args ...any) { f.log = append(f.log, fmt.Sprintf(format, args...)) }
 
-// create makes a service that does not exist; in a full pool it has no address.
-func (f *fire) create(service string) {
+// create makes a service that does not exist, unless the pool is full.
+func (f *fire) create(service string) bool {
 	flags := []string{"service", "create", "acme/" + service, "--port", fmt.Sprintf("%d:http", firePort)}
 	if service == "pub" {
 		flags = []string{"service", "create", "acme/pub", "--port", fmt.Sprintf("%d:http", webPort), "--dedicated-pool", "public"}
@@ -96,13 +96,14 @@ func (f *fire) create(service string) {
 	if address == nil {
 		f.note("create %s: no address", service)
 		f.ok("service", "delete", "acme/"+service)
-		return
+		return false
 	}
 	if was, ok := f.told[service]; ok && was.address != *address && time.Now().Before(was.until) {
 		f.t.Errorf("%s was %s a moment ago and is %s", service, was.address, *address)
 	}
 	f.note("create %s: %s", service, *address)
 	f.told[service] = told{address: *address}
+	return true
 }
 
 func (f *fire) remove(service string) {
@@ -149,7 +150,8 @@ func (f *fire) step() {
 	exists := known && now.until.IsZero()
 	switch n := f.rnd.IntN(20); {
 	case n < 8 && !exists:
-		f.create(service)
+		f.run[service] = f.create(service) && f.rnd.IntN(4) > 0
+		f.instances()
 	case n < 5:
 		f.remove(service)
 	case n < 12 && exists:
@@ -247,16 +249,15 @@ func TestAddressesUnderFire(t *testing.T) {
 			if f.squatter != nil {
 				f.squatter.Stop(time.Second)
 			}
-			f.run["s1"] = true
 			if now, ok := f.told["s1"]; !ok || !now.until.IsZero() {
 				until(t, "there is room", func() error {
-					f.create("s1")
-					if now := f.told["s1"]; !now.until.IsZero() {
-						return fmt.Errorf("%+v", now)
+					if !f.create("s1") {
+						return fmt.Errorf("told %+v", f.told)
 					}
 					return nil
 				})
 			}
+			f.run["s1"] = true
 			f.instances()
 			before := f.reached["s1"]
 			until(t, "s1 is reached", func() error {
