@@ -28,7 +28,8 @@ race: ## all tests under the race detector
 fuzz: ## each fuzz target for a short while
 	@for t in $$(grep -rhoE --include='*_test.go' '^func Fuzz[A-Za-z0-9]+' . | awk '{print $$2}' | sort); do \
 		p=$$(grep -rlE --include='*_test.go' "^func $$t\b" . | xargs -n1 dirname); \
-		echo "fuzz $$p $$t"; $(GO) test -run '^$$' -fuzz "^$$t$$" -fuzztime $(or $(FUZZTIME),10s) $$p | tail -n 2 || exit 1; \
+		echo "fuzz $$p $$t"; out=$$($(GO) test -run '^$$' -fuzz "^$$t$$" -fuzztime $(or $(FUZZTIME),10s) $$p 2>&1) || { echo "$$out"; exit 1; }; \
+		echo "$$out" | tail -n 2; \
 	done
 
 lint: $(LINT) ## go vet and golangci-lint (built the first time, about a minute)
