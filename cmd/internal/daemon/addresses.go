@@ -45,7 +45,7 @@ func (r *reconciler) commit(ctx context.Context) ([]events.Event, error) {
 		r.ledgerFailed(err)
 		return nil, err
 	}
-	r.warned = false
+	r.warned, r.patience = false, patience{}
 	r.objects, r.specs = p.objects, p.specs
 	for _, f := range p.refused {
 		r.problem("pool_full", f.Owner.String(), "addresses", fmt.Sprintf("has no %s address: %v", f.Pool.Kind, f.Err),
@@ -187,7 +187,8 @@ func (r *reconciler) outside(rec ledger.Record) {
 }
 
 func (r *reconciler) ledgerFailed(err error) {
-	r.dirty = true // the next build tries again
+	r.dirty = true // a later build tries again
+	r.patience.failed(r.now(), err)
 	r.problem("ledger_write_failed", "ledger", r.config.DataDir, "a change of addresses cannot be written down, so that it does not happen: "+err.Error(), "make room on the disk, or make the data directory writable; what is bound goes on")
 	if !r.warned {
 		r.d.log.Error("ledger cannot be written; new services stay without an address, what is bound goes on", "error", err)

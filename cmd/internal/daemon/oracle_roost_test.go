@@ -64,10 +64,12 @@ var errOracleDisk = errors.New("no space left on device")
 // unreliable is a disk on which writes can fail.
 type unreliable struct {
 	ledger.Store
-	mode int
+	mode  int
+	tries int
 }
 
 func (u *unreliable) Apply(ctx context.Context, b ledger.Batch) error {
+	u.tries++
 	switch u.mode {
 	case writeFull:
 		return errOracleDisk

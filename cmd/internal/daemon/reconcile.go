@@ -64,6 +64,26 @@ type reconciler struct {
 	released   map[string]releasedAt // marks of the mass-loss guard that were acted on, by source
 	served     bool                  // the first World has been published
 	warned     bool                  // a ledger that cannot be written has been logged
+	asked      bool                  // somebody waits for what is staged
+	patience   patience              // with a ledger that cannot be written
+}
+
+// patience is when to try again what has failed: a store that does not answer
+// costs the time of every build.
+type patience struct {
+	at   time.Time
+	wait time.Duration
+	err  error // of the last try
+}
+
+const (
+	patienceMin = time.Second
+	patienceMax = 30 * time.Second
+)
+
+func (p *patience) failed(now time.Time, err error) {
+	p.at, p.err = now.Add(p.wait), err
+	p.wait = min(max(2*p.wait, patienceMin), patienceMax)
 }
 
 // replicasChanged is poked when the other replicas say something new; without
@@ -151,6 +171,7 @@ func hostAddresses(c *lb.Config) []netip.Addr {
 
 func (r *reconciler) setConfig(c *config.Config) {
 	r.config, r.dirty, r.groups, r.shorter = c, true, nil, r.now()
+	r.patience = patience{} // what is declared counts at once
 	r.quarantine.configure(c.Quarantine, c.Model.TTL)
 	c.Model.DrainCheck = r.d.drainCheck(c)
 	if r.proxies != nil { // Offline has none
@@ -178,9 +199,13 @@ func (r *reconciler) setConfig(c *config.Config) {
 func (r *reconciler) build(ctx context.Context) error {
 	catalog := r.catalog()
 	prev := r.d.snapshot.Load()
-	changes := r.record(catalog)
-	var err error
-	if r.dirty {
+	var changes []events.Event
+	err := r.patience.err // while something waits to be written down
+	writes := r.asked || !r.now().Before(r.patience.at)
+	if writes {
+		changes = r.record(catalog)
+	}
+	if r.dirty && writes {
 		r.problems, r.dirty = nil, false
 		r.recordAnswers()
 		var bound []events.Event
@@ -224,6 +249,9 @@ var errShutdown = errors.New("roost is shutting down")
 // tick does what time asks for, and says whether a build has to write something
 // down: also what could not be written before.
 func (r *reconciler) tick() bool {
+	if r.now().Before(r.patience.at) {
+		return false // what would be decided now would be written down late
+	}
 	due := r.free() || r.dirty
 	due = r.forgetAnswers() || due
 	marks := r.d.ledger.Marks()
@@ -304,7 +332,9 @@ func (r *reconciler) execute(ctx context.Context, c command) {
 	if len(waiting) == 0 {
 		return
 	}
+	r.asked = true
 	err := r.build(ctx)
+	r.asked = false
 	for _, c := range waiting {
 		c.done <- err
 	}

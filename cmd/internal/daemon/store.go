@@ -201,7 +201,7 @@ func (r *reconciler) adopt(ctx context.Context, state ledger.State) error {
 	if err != nil {
 		return err
 	}
-	r.dirty = r.dirty || changed
+	r.dirty, r.patience = r.dirty || changed, patience{}
 	return nil
 }
 
@@ -213,7 +213,7 @@ func (r *reconciler) repair(ctx context.Context) error {
 	if err := r.d.ledger.Restore(ctx); err != nil {
 		return fmt.Errorf("the shared ledger was lost and cannot be written again: %w", err)
 	}
-	r.dirty = true
+	r.dirty, r.patience = true, patience{}
 	return nil
 }
 
