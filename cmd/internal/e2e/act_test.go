@@ -43,7 +43,9 @@ func unshared() (code int, done bool) {
 	if os.Geteuid() == 0 || os.Getenv(insideEnv) != "" || exec.Command("unshare", "-Urnm", "true").Run() != nil {
 		return 0, false
 	}
-	script := `mount -t tmpfs none /run && mkdir -p /run/netns && ip link set lo up && exec "$0" "$@"`
+	// ip netns keeps names in /run and resolvers in /etc/netns; what of /etc this
+	// user may not read is not needed.
+	script := `mount -t tmpfs none /run && mkdir -p /run/netns /run/etc && { cp -r /etc/. /run/etc/ 2>/dev/null || true; } && mount --bind /run/etc /etc && mkdir -p /etc/netns && ip link set lo up && exec "$0" "$@"`
 	cmd := exec.Command("unshare", append([]string{"-Urnm", "sh", "-c", script, os.Args[0]}, os.Args[1:]...)...)
 	cmd.Env = append(os.Environ(), insideEnv+"=1")
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr

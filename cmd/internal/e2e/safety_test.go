@@ -139,9 +139,9 @@ func TestFullDisk(t *testing.T) {
 	r.ok("service", "create", "acme/after", "--port", "80")
 
 	r.crash()
-	r.sh("mount", "-o", "remount,ro", data)
+	r.sh("mount", "-o", "remount,bind,ro", data)
 	fails(t, 2, "read-only file system", "run", "--config", r.config)
-	r.sh("mount", "-o", "remount,rw", data)
+	r.sh("mount", "-o", "remount,bind,rw", data)
 	r.serve()
 	r.sees("acme/before", address)
 }
