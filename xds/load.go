@@ -8,11 +8,8 @@ import (
 	"time"
 
 	loadv3 "github.com/envoyproxy/go-control-plane/envoy/service/load_stats/v3"
-	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/durationpb"
 
-	"github.com/roostmesh/roost/lb"
 	"github.com/roostmesh/roost/xds/envoy"
 )
 
@@ -87,16 +84,19 @@ type Target struct {
 // they report, and that have not after since: one whose stream broke takes some
 // seconds to open it again.
 func (s *Server) InFlight(since time.Time, targets ...Target) (busy map[string]uint64, silent []string) {
-	able := s.reporters()
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	l := s.loads
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	busy = map[string]uint64{}
-	for id := range l.streams {
-		able[id] = true
+	for id, st := range s.live {
+		if l.streams[id] == nil && st.metadata[envoy.MetadataLoad] == "true" {
+			silent = append(silent, id)
+		}
 	}
-	for id := range able {
-		if st := l.streams[id]; st == nil || !st.reported.After(since) {
+	for id, st := range l.streams {
+		if !st.reported.After(since) {
 			silent = append(silent, id)
 		}
 		for _, t := range targets {
@@ -109,43 +109,15 @@ func (s *Server) InFlight(since time.Time, targets ...Target) (busy map[string]u
 	return busy, silent
 }
 
-// reporters are the connected proxies that say that they can report.
-func (s *Server) reporters() map[string]bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	able := map[string]bool{}
-	for id, st := range s.live {
-		if st.metadata[envoy.MetadataLoad] == "true" {
-			able[id] = true
-		}
-	}
-	return able
-}
-
 // StreamLoadStats implements the load reporting service: one proxy's reports.
 func (v *service) StreamLoadStats(gs loadv3.LoadReportingService_StreamLoadStatsServer) error {
 	first, err := gs.Recv()
 	if err != nil {
 		return err
 	}
-	identity, err := lb.ParseIdentity(first.GetNode().GetId())
+	identity, err := v.identify(gs.Context(), first.GetNode())
 	if err != nil {
-		return status.Error(codes.InvalidArgument, err.Error())
-	}
-	if v.tenant != "" && (identity.Role != lb.Sidecar || identity.Tenant != v.tenant) {
-		return status.Errorf(codes.PermissionDenied, "node id %q: this socket serves sidecars of tenant %s only", first.GetNode().GetId(), v.tenant)
-	}
-	if v.cfg.Admit != nil {
-		select {
-		case <-v.ready:
-		case <-gs.Context().Done():
-			return gs.Context().Err()
-		case <-v.ctx.Done():
-			return errStopping
-		}
-		if identity, err = v.cfg.Admit(identity); err != nil {
-			return status.Error(codes.FailedPrecondition, err.Error())
-		}
+		return err
 	}
 	id, st := identity.String(), &loadStream{poke: make(chan struct{}, 1)}
 	v.loads.join(id, st)

@@ -61,21 +61,20 @@ type Held struct {
 // id.
 func (s *Server) Proxies() []ProxyStatus {
 	var all []ProxyStatus
-	for _, st := range s.streams() {
+	live, gone := s.known()
+	for _, st := range live {
 		p := ProxyStatus{}
 		if !st.ask(func(*state) { p = st.status(true) }) {
 			p = st.final
 		}
 		all = append(all, p)
 	}
-	s.mu.Lock()
-	for _, st := range s.gone {
+	for _, st := range gone {
+		<-st.ended
 		all = append(all, st.final)
 	}
-	s.mu.Unlock()
-	slices.SortStableFunc(all, func(a, b ProxyStatus) int { return cmp.Compare(a.ID, b.ID) })
-	// One that went while we asked is there twice.
-	return slices.CompactFunc(all, func(a, b ProxyStatus) bool { return a.ID == b.ID })
+	slices.SortFunc(all, func(a, b ProxyStatus) int { return cmp.Compare(a.ID, b.ID) })
+	return all
 }
 
 // Proxy returns one proxy of Proxies.
@@ -114,11 +113,8 @@ type Holder struct {
 // the proxy ACKed it or has it on its way: connected proxies, and those gone for
 // less than an hour, or than Remember says.
 func (s *Server) Holders(t envoy.Type, wanted func(name string) bool) []Holder {
-	// Both lists are of one moment: one that comes back in between is in neither else.
-	s.mu.Lock()
-	live, gone := slices.Collect(maps.Values(s.live)), slices.Collect(maps.Values(s.gone))
-	s.mu.Unlock()
 	var all []Holder
+	live, gone := s.known()
 	for _, st := range live {
 		if !st.ask(func(p *state) { all = append(all, st.holders(p, t, wanted, true)...) }) {
 			all = append(all, st.holders(st.state, t, wanted, false)...)
@@ -129,7 +125,7 @@ func (s *Server) Holders(t envoy.Type, wanted func(name string) bool) []Holder {
 		all = append(all, st.holders(st.state, t, wanted, false)...)
 	}
 	slices.SortFunc(all, func(a, b Holder) int { return cmp.Or(cmp.Compare(a.ID, b.ID), cmp.Compare(a.Name, b.Name)) })
-	return slices.CompactFunc(all, func(a, b Holder) bool { return a.ID == b.ID && a.Name == b.Name })
+	return all
 }
 
 // holders runs where the state may be read.
@@ -183,6 +179,14 @@ func (s *Server) stream(id string) *stream {
 		return st
 	}
 	return s.gone[id]
+}
+
+// known are the streams that are connected and those that are remembered, of one
+// moment: one that comes back between two looks would be in neither list.
+func (s *Server) known() (live, gone []*stream) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Collect(maps.Values(s.live)), slices.Collect(maps.Values(s.gone))
 }
 
 func (s *Server) streams() []*stream {

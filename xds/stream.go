@@ -175,29 +175,49 @@ func (st *stream) ask(f func(*state)) bool {
 	}
 }
 
-// welcome checks who a proxy is, waits for the first World and registers it.
-func (v *service) welcome(ctx context.Context, node *corev3.Node) (*stream, error) {
+// identify checks who a node claims to be, and whether it may be served here.
+func (v *service) identify(ctx context.Context, node *corev3.Node) (lb.Identity, error) {
 	identity, err := lb.ParseIdentity(node.GetId())
 	if err != nil {
-		return nil, status.Error(codes.InvalidArgument, err.Error())
-	}
-	select {
-	case <-v.ready:
-	case <-ctx.Done():
-		return nil, ctx.Err()
-	case <-v.ctx.Done():
-		return nil, errStopping
+		return identity, status.Error(codes.InvalidArgument, err.Error())
 	}
 	if v.cfg.Admit != nil {
+		if err := v.firstWorld(ctx); err != nil {
+			return identity, err
+		}
 		if identity, err = v.cfg.Admit(identity); err != nil {
 			if _, ok := status.FromError(err); ok {
-				return nil, err
+				return identity, err
 			}
-			return nil, status.Error(codes.FailedPrecondition, err.Error())
+			return identity, status.Error(codes.FailedPrecondition, err.Error())
 		}
 	}
 	if v.tenant != "" && (identity.Role != lb.Sidecar || identity.Tenant != v.tenant) {
-		return nil, status.Errorf(codes.PermissionDenied, "node id %q: this socket serves sidecars of tenant %s only", node.GetId(), v.tenant)
+		return identity, status.Errorf(codes.PermissionDenied, "node id %q: this socket serves sidecars of tenant %s only", node.GetId(), v.tenant)
+	}
+	return identity, nil
+}
+
+// firstWorld waits for the first Publish.
+func (v *service) firstWorld(ctx context.Context) error {
+	select {
+	case <-v.ready:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-v.ctx.Done():
+		return errStopping
+	}
+}
+
+// welcome checks who a proxy is, waits for the first World and registers it.
+func (v *service) welcome(ctx context.Context, node *corev3.Node) (*stream, error) {
+	identity, err := v.identify(ctx, node)
+	if err != nil {
+		return nil, err
+	}
+	if err := v.firstWorld(ctx); err != nil {
+		return nil, err
 	}
 	st := &stream{
 		id: identity.String(), identity: identity, version: envoyVersion(node), metadata: metadataOf(node), since: v.cfg.Now(),
