@@ -7,10 +7,8 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"net/netip"
 	"os"
 	"path/filepath"
-	"slices"
 )
 
 // Journal is a Store beside another one, in a file of its own that lists what was
@@ -66,11 +64,11 @@ func (j *Journal) Load(ctx context.Context) (State, error) {
 		return State{}, err
 	}
 	j.healed = ""
-	if kept.Generation > state.Generation {
+	if kept.Generation() > state.Generation {
 		if err := j.Store.Apply(ctx, difference(state, kept)); err != nil {
 			return State{}, fmt.Errorf("journal %s: the ledger is older than it and cannot be brought forwards: %w", j.path, err)
 		}
-		j.healed = fmt.Sprintf("it was at generation %d, its journal at %d: what came after was written again", state.Generation, kept.Generation)
+		j.healed = fmt.Sprintf("it was at generation %d, its journal at %d: what came after was written again", state.Generation, kept.Generation())
 		if state, err = j.Store.Load(ctx); err != nil {
 			return State{}, err
 		}
@@ -153,36 +151,39 @@ func (j *Journal) begin(s State) error {
 	return nil
 }
 
-// readJournal returns the newest State of a journal; without a file it is empty.
-// A torn end is what a crash leaves.
-func readJournal(path string) (State, error) {
+// readJournal returns the newest of what a journal knows; without a file that is
+// nothing. A torn end is what a crash leaves.
+func readJournal(path string) (*Ledger, error) {
 	data, err := os.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) || err == nil && len(data) == 0 {
-		return State{}, nil
+		return replayed(State{})
 	}
 	if err != nil {
-		return State{}, fmt.Errorf("journal %s: %w", path, err)
+		return nil, fmt.Errorf("journal %s: %w", path, err)
 	}
 	begin := []byte(`{"format":"` + journalFormat + `"`)
 	// What follows the last line end is torn.
 	lines := bytes.Split(data, []byte("\n"))
 	lines = lines[:len(lines)-1]
 	if len(lines) == 0 && (bytes.HasPrefix(data, begin) || bytes.HasPrefix(begin, data)) {
-		return State{}, nil
+		return replayed(State{})
 	}
 	var head journalHead
 	if len(lines) == 0 || json.Unmarshal(lines[0], &head) != nil || head.Format != journalFormat {
-		return State{}, fmt.Errorf("journal %s: it is not a journal of roost's ledger: move it away", path)
+		return nil, fmt.Errorf("journal %s: it is not a journal of roost's ledger: move it away", path)
 	}
-	s := newReplay(head.State)
+	l, err := replayed(head.State)
+	if err != nil {
+		return nil, fmt.Errorf("journal %s: %w: move it away", path, err)
+	}
 	for _, line := range lines[1:] {
 		b := batchOf(line)
-		if b == nil || b.After != s.generation {
+		if b == nil || b.After != l.Generation() {
 			break
 		}
-		s.apply(*b)
+		l.keep(*b)
 	}
-	return s.state(), nil
+	return l, nil
 }
 
 // batchOf reads a line; nil is none.
@@ -194,75 +195,28 @@ func batchOf(line []byte) *Batch {
 	return &b
 }
 
-// replay is a State in the making.
-type replay struct {
-	generation uint64
-	records    map[netip.Addr]Record
-	objects    map[Owner]Object
-	marks      map[MarkKey]Mark
+// replayed is a Ledger without a store, which only takes over what was written.
+func replayed(s State) (*Ledger, error) {
+	l := &Ledger{}
+	return l, l.take(s)
 }
 
-func newReplay(s State) *replay {
-	r := &replay{records: map[netip.Addr]Record{}, objects: map[Owner]Object{}, marks: map[MarkKey]Mark{}}
-	r.apply(Batch{Generation: s.Generation, Put: s.Records, PutObjects: s.Objects, PutMarks: s.Marks})
-	return r
-}
-
-func (r *replay) apply(b Batch) {
-	r.generation = b.Generation
-	for _, a := range b.Delete {
-		delete(r.records, a)
-	}
-	for _, rec := range b.Put {
-		r.records[rec.Address] = rec
-	}
-	for _, o := range b.DelObjects {
-		delete(r.objects, o)
-	}
-	for _, o := range b.PutObjects {
-		r.objects[o.Owner] = o
-	}
-	for _, k := range b.DelMarks {
-		delete(r.marks, k)
-	}
-	for _, m := range b.PutMarks {
-		r.marks[m.Key()] = m
-	}
-}
-
-func (r *replay) state() State {
-	s := State{Generation: r.generation}
-	for _, rec := range r.records {
-		s.Records = append(s.Records, rec)
-	}
-	for _, o := range r.objects {
-		s.Objects = append(s.Objects, o)
-	}
-	for _, m := range r.marks {
-		s.Marks = append(s.Marks, m)
-	}
-	slices.SortFunc(s.Records, func(a, b Record) int { return a.Address.Compare(b.Address) })
-	slices.SortFunc(s.Objects, func(a, b Object) int { return a.Owner.compare(b.Owner) })
-	slices.SortFunc(s.Marks, func(a, b Mark) int { return a.Key().compare(b.Key()) })
-	return s
-}
-
-// difference is the batch that makes one state into another.
-func difference(from, to State) Batch {
-	b := Batch{After: from.Generation, Generation: to.Generation, Put: to.Records, PutObjects: to.Objects, PutMarks: to.Marks}
-	want := newReplay(to)
+// difference is the batch that makes a state into what a Ledger knows.
+func difference(from State, to *Ledger) Batch {
+	want := to.State()
+	b := Batch{After: from.Generation, Generation: want.Generation, Put: want.Records, PutObjects: want.Objects, PutMarks: want.Marks}
 	for _, r := range from.Records {
-		if _, ok := want.records[r.Address]; !ok {
+		if to.byAddress[r.Address] == nil {
 			b.Delete = append(b.Delete, r.Address)
 		}
 	}
 	for _, o := range from.Objects {
-		if _, ok := want.objects[o.Owner]; !ok {
+		if _, ok := to.objects[o.Owner]; !ok {
 			b.DelObjects = append(b.DelObjects, o.Owner)
 		}
 	}
 	for _, m := range from.Marks {
-		if _, ok := want.marks[m.Key()]; !ok {
+		if _, ok := to.Mark(m.Key()); !ok {
 			b.DelMarks = append(b.DelMarks, m.Key())
 		}
 	}

@@ -235,6 +235,12 @@ func (l *Ledger) Objects() []Object {
 	return slices.SortedFunc(maps.Values(l.objects), func(a, b Object) int { return a.Owner.compare(b.Owner) })
 }
 
+// Mark finds a mark.
+func (l *Ledger) Mark(k MarkKey) (Mark, bool) {
+	m, ok := l.marks[k]
+	return m, ok
+}
+
 // Marks lists the marks, ordered by kind and name.
 func (l *Ledger) Marks() []Mark {
 	return slices.SortedFunc(maps.Values(l.marks), func(a, b Mark) int { return a.Key().compare(b.Key()) })

@@ -281,8 +281,7 @@ func (tx *Tx) Mark(k MarkKey) (Mark, bool) {
 		}
 		return *changed, true
 	}
-	m, ok := tx.l.marks[k]
-	return m, ok
+	return tx.l.Mark(k)
 }
 
 // Marks lists the marks, ordered by kind and name.
