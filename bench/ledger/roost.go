@@ -235,19 +235,7 @@ const pollEvery = 500 * time.Microsecond
 func until(ctx context.Context, f func(context.Context) error) error {
 	ctx, cancel := context.WithTimeout(ctx, startWithin)
 	defer cancel()
-	tick := time.NewTicker(pollEvery)
-	defer tick.Stop()
-	for {
-		err := f(ctx)
-		if err == nil {
-			return nil
-		}
-		select {
-		case <-ctx.Done():
-			return err
-		case <-tick.C:
-		}
-	}
+	return binaries.Poll(ctx, pollEvery, func() error { return f(ctx) })
 }
 
 // pause lets one measurement's work end before the next.

@@ -184,19 +184,7 @@ const pollEvery = 5 * time.Millisecond
 func until(ctx context.Context, limit time.Duration, f func() error) error {
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
-	tick := time.NewTicker(pollEvery)
-	defer tick.Stop()
-	for {
-		err := f()
-		if err == nil {
-			return nil
-		}
-		select {
-		case <-ctx.Done():
-			return err
-		case <-tick.C:
-		}
-	}
+	return binaries.Poll(ctx, pollEvery, f)
 }
 
 func get(ctx context.Context, url string) error {

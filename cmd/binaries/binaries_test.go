@@ -129,7 +129,7 @@ func TestSupervisorRestartsAndStops(t *testing.T) {
 	done := make(chan error, 1)
 	stop, stopNow := context.WithCancel(ctx)
 	go func() { done <- s.Run(stop) }()
-	if err := poll(ctx, func() error {
+	if err := Poll(ctx, readyPoll, func() error {
 		if !strings.Contains(log.String(), "up") {
 			return fmt.Errorf("it said %q", log.String())
 		}

@@ -126,7 +126,7 @@ func StartEnvoy(t TB, bootstrap []byte, args ...string) *TestEnvoy {
 	})
 	wait, done := context.WithTimeout(ctx, readyTimeout)
 	defer done()
-	err = poll(wait, func() (err error) {
+	err = Poll(wait, readyPoll, func() (err error) {
 		select {
 		case err := <-ended:
 			ended <- err
@@ -176,9 +176,10 @@ func get(ctx context.Context, url string) ([]byte, error) {
 	return b.Bytes(), nil
 }
 
-// poll calls f until it succeeds or ctx ends; then it returns the last error of f.
-func poll(ctx context.Context, f func() error) error {
-	tick := time.NewTicker(readyPoll)
+// Poll calls f at once and then at each tick until it succeeds or ctx ends; then it
+// returns the last error of f.
+func Poll(ctx context.Context, every time.Duration, f func() error) error {
+	tick := time.NewTicker(every)
 	defer tick.Stop()
 	for {
 		err := f()

@@ -128,7 +128,7 @@ func (a *ConsulAgent) Restart() {
 	a.run = run
 	ctx, cancel := context.WithTimeout(context.Background(), readyTimeout)
 	defer cancel()
-	if err := poll(ctx, func() error { return a.ready(ctx, cancel) }); err != nil {
+	if err := Poll(ctx, readyPoll, func() error { return a.ready(ctx, cancel) }); err != nil {
 		a.t.Fatalf("consul is not up: %v\n%s", err, a.Log.String())
 	}
 }

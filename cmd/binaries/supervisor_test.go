@@ -17,7 +17,7 @@ func said(t *testing.T, log *Log, text string) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
-	if err := poll(ctx, func() error {
+	if err := Poll(ctx, readyPoll, func() error {
 		if !strings.Contains(log.String(), text) {
 			return fmt.Errorf("it said %q, want %q", log.String(), text)
 		}

@@ -157,19 +157,7 @@ func sameSet(a, b []string) bool {
 
 // poll asks until there is no error.
 func poll(ctx context.Context, f func() error) error {
-	tick := time.NewTicker(10 * time.Millisecond)
-	defer tick.Stop()
-	for {
-		err := f()
-		if err == nil {
-			return nil
-		}
-		select {
-		case <-ctx.Done():
-			return err
-		case <-tick.C:
-		}
-	}
+	return binaries.Poll(ctx, 10*time.Millisecond, f)
 }
 
 func (w *world) problem(code string) {

@@ -170,19 +170,7 @@ func until(t *testing.T, what string, f func() error) {
 func eventually(f func() error) error {
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
-	tick := time.NewTicker(20 * time.Millisecond)
-	defer tick.Stop()
-	for {
-		err := f()
-		if err == nil {
-			return nil
-		}
-		select {
-		case <-ctx.Done():
-			return err
-		case <-tick.C:
-		}
-	}
+	return binaries.Poll(ctx, 20*time.Millisecond, f)
 }
 
 func newPrefix() string { return fmt.Sprintf("test-%d/", prefixes.Add(1)) }
