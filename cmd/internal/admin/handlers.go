@@ -269,6 +269,9 @@ type ProxyID struct {
 }
 
 func (a *api) proxy(ctx context.Context, in *ProxyID) (*body[Proxy], error) {
+	if p, ok := a.d.XDS.Proxy(unescape(in.ID)); ok && p.Connected {
+		return &body[Proxy]{proxyOf(p)}, nil // nobody else has to be asked
+	}
 	all := a.allProxies(ctx, Everywhere{})
 	n := slices.IndexFunc(all, func(p Proxy) bool { return p.ID == unescape(in.ID) })
 	if n < 0 {

@@ -3,6 +3,8 @@ package admin
 import (
 	"cmp"
 	"net/netip"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/roostmesh/roost/cmd/internal/daemon"
@@ -68,6 +70,15 @@ func addr(a netip.Addr) *string {
 	return &s
 }
 
+// when is a time in UTC, nil where there is none.
+func when(t time.Time) *time.Time {
+	if t.IsZero() {
+		return nil
+	}
+	t = t.UTC()
+	return &t
+}
+
 func optional(s string) *string {
 	if s == "" {
 		return nil
@@ -111,11 +122,12 @@ func instanceOf(i *discovery.Instance, svc *lb.Service) Instance {
 
 // draining says that an instance has been taken out of service on purpose.
 func draining(i *discovery.Instance, svc *lb.Service) bool {
-	if svc != nil {
-		for _, e := range svc.Endpoints {
-			if e.Instance == i {
-				return e.Drain != lb.NotDraining
-			}
+	if svc != nil { // its endpoints are ordered by id and node
+		n, ok := slices.BinarySearchFunc(svc.Endpoints, i, func(e *lb.Endpoint, i *discovery.Instance) int {
+			return cmp.Or(strings.Compare(e.Instance.ID, i.ID), strings.Compare(e.Instance.Node, i.Node))
+		})
+		if ok {
+			return svc.Endpoints[n].Drain != lb.NotDraining
 		}
 	}
 	return i.Health == discovery.Maintenance
@@ -220,10 +232,7 @@ func usedAddress(u daemon.AddressUse) Address {
 	if len(u.Holders) > 0 {
 		out.Holders = u.Holders
 	}
-	if !u.FreeAfter.IsZero() {
-		t := u.FreeAfter.UTC()
-		out.FreeAfter = &t
-	}
+	out.FreeAfter = when(u.FreeAfter)
 	return out
 }
 
@@ -331,15 +340,7 @@ type Source struct {
 }
 
 func sourceOf(s discovery.SourceStatus) Source {
-	out := Source{Name: s.Name, Ready: s.Ready, Stale: s.Stale, LastError: optional(s.LastError), Held: s.Held, HeldWhy: optional(s.HeldWhy)}
-	if !s.HeldSince.IsZero() {
-		t := s.HeldSince.UTC()
-		out.HeldSince = &t
-	}
-	if !s.Since.IsZero() {
-		t := s.Since.UTC()
-		out.Since = &t
-	}
+	out := Source{Name: s.Name, Ready: s.Ready, Stale: s.Stale, LastError: optional(s.LastError), Held: s.Held, Since: when(s.Since), HeldSince: when(s.HeldSince), HeldWhy: optional(s.HeldWhy)}
 	return out
 }
 
