@@ -67,7 +67,7 @@ func (s *Service) addEndpoint(c *Config, i *discovery.Instance) {
 		e.Drain = max(e.Drain, Draining)
 	}
 	if e.Drain != NotDraining {
-		e.Serving = false
+		e.Serving, s.Draining = false, true
 	}
 	served := false
 	for n, p := range s.Ports {

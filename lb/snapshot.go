@@ -44,6 +44,7 @@ type Service struct {
 	Group      *discovery.Group
 	Endpoints  []*Endpoint      // by instance id and node
 	DrainCheck netip.AddrPort   // of a service whose connections a drain closes; else invalid
+	Draining   bool             // an endpoint is on its way out, or through
 	Drains     map[string]Drain // wishes, by the instances' qualified names; shared, not to be changed
 	Problems   []Problem
 }

@@ -19,11 +19,9 @@ var answersKey = ledger.MarkKey{Kind: ledger.MarkTTL, Name: "answers"}
 
 // keptAnswers is the TTL that the ledger names; 0 is none.
 func (r *reconciler) keptAnswers() time.Duration {
-	for _, m := range r.d.ledger.Marks() {
-		var seconds float64
-		if m.Key() == answersKey && json.Unmarshal(m.Data, &seconds) == nil {
-			return time.Duration(seconds * float64(time.Second))
-		}
+	var seconds float64
+	if m, ok := r.d.ledger.Mark(answersKey); ok && json.Unmarshal(m.Data, &seconds) == nil {
+		return time.Duration(seconds * float64(time.Second))
 	}
 	return 0
 }

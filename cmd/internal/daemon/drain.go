@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"iter"
 	"net/netip"
 	"slices"
 	"strings"
@@ -96,6 +97,10 @@ func (d *drains) phases(c *discovery.Catalog, marks []ledger.Mark) map[lb.Key]ma
 	return out
 }
 
+func drainKey(i *discovery.Instance) ledger.MarkKey {
+	return ledger.MarkKey{Kind: ledger.MarkDrain, Name: i.QualifiedName()}
+}
+
 func wishOf(m ledger.Mark) (w drainWish, err error) {
 	err = json.Unmarshal(m.Data, &w)
 	return w, err
@@ -151,20 +156,13 @@ func (d *drains) stale(c *discovery.Catalog, marks []ledger.Mark) (out []ledger.
 // those of instances that no longer do.
 func (d *drains) follow(ctx context.Context, s *lb.Snapshot) {
 	draining := map[string]bool{}
-	begin := func(svc *lb.Service) {
-		for _, e := range svc.Endpoints {
-			name := e.Instance.QualifiedName()
-			// Another replica may say first that it is over: this one's drainer then
-			// ends by itself, and says what it has found.
-			draining[name] = e.Drain != lb.NotDraining
-			if (e.Drain == lb.Draining || e.Drain == lb.Closing) && d.running[name] == nil {
-				d.running[name] = d.start(ctx, s, svc, e)
-			}
-		}
-	}
-	for _, svc := range s.Order {
-		if svc.Drains != nil || hasMaintenance(svc) {
-			begin(svc)
+	for svc, e := range onTheirWay(s) {
+		name := e.Instance.QualifiedName()
+		// Another replica may say first that it is over: this one's drainer then
+		// ends by itself, and says what it has found.
+		draining[name] = true
+		if e.Drain != lb.Drained && d.running[name] == nil {
+			d.running[name] = d.start(ctx, s, svc, e)
 		}
 	}
 	for name, r := range d.running {
@@ -179,8 +177,20 @@ func (d *drains) follow(ctx context.Context, s *lb.Snapshot) {
 	d.d.outcomes.Keep(draining)
 }
 
-func hasMaintenance(s *lb.Service) bool {
-	return slices.ContainsFunc(s.Endpoints, func(e *lb.Endpoint) bool { return e.Instance.Health == discovery.Maintenance })
+// onTheirWay lists the endpoints that drain or have drained.
+func onTheirWay(s *lb.Snapshot) iter.Seq2[*lb.Service, *lb.Endpoint] {
+	return func(yield func(*lb.Service, *lb.Endpoint) bool) {
+		for _, svc := range s.Order {
+			if !svc.Draining {
+				continue
+			}
+			for _, e := range svc.Endpoints {
+				if e.Drain != lb.NotDraining && !yield(svc, e) {
+					return
+				}
+			}
+		}
+	}
 }
 
 // running is a drain that is waited for.
@@ -215,10 +225,7 @@ func (d *drains) config() drain.Config {
 
 func (d *drains) start(ctx context.Context, s *lb.Snapshot, svc *lb.Service, e *lb.Endpoint) *running {
 	timeout, mark := svc.Spec.DrainTime(), uint64(0)
-	for _, m := range d.d.ledger.Marks() {
-		if m.Kind != ledger.MarkDrain || m.Name != e.Instance.QualifiedName() {
-			continue
-		}
+	if m, ok := d.d.ledger.Mark(drainKey(e.Instance)); ok {
 		if w, err := wishOf(m); err == nil {
 			mark, timeout = m.Generation, time.Duration(w.Timeout*float64(time.Second))
 		}
@@ -259,14 +266,9 @@ func (d *Daemon) drainCheck(c *config.Config) netip.AddrPort {
 // publishClosing tells the health service whose connections are to be closed.
 func (d *Daemon) publishClosing(s *lb.Snapshot) {
 	closing := map[string]bool{}
-	for _, svc := range s.Order {
-		if svc.Drains == nil {
-			continue
-		}
-		for _, e := range svc.Endpoints {
-			if e.Drain == lb.Closing {
-				closing[envoy.DrainName(e.Instance.QualifiedName())] = true
-			}
+	for _, e := range onTheirWay(s) {
+		if e.Drain == lb.Closing {
+			closing[envoy.DrainName(e.Instance.QualifiedName())] = true
 		}
 	}
 	d.closing.Store(&closing)
@@ -325,16 +327,16 @@ func (e *AmbiguousError) Error() string {
 // Instance finds an instance by its full name, tenant/service/id[@node], or by
 // its bare id. The error wraps ErrUnknownInstance or is an *AmbiguousError.
 func Instance(c *discovery.Catalog, name string) (*discovery.Instance, error) {
+	if i := find(c, name); i != nil {
+		return i, nil
+	}
 	var found []*discovery.Instance
 	for _, g := range c.Groups {
 		for _, i := range g.Instances {
-			if name == i.QualifiedName() || name == i.Name() || name == i.ID || name == i.ID+"@"+i.Node {
+			if name == i.Name() || name == i.ID || name == i.ID+"@"+i.Node {
 				found = append(found, i)
 			}
 		}
-	}
-	if n := slices.IndexFunc(found, func(i *discovery.Instance) bool { return i.QualifiedName() == name }); n >= 0 {
-		return found[n], nil
 	}
 	switch len(found) {
 	case 0:
@@ -359,7 +361,7 @@ func (d *Daemon) Drain(ctx context.Context, name string, timeout time.Duration) 
 	var full string
 	begun := time.Now()
 	err := d.do(ctx, func(r *reconciler) error {
-		i, err := Instance(d.aggregator.Catalog(), name)
+		i, err := Instance(r.catalog(), name)
 		if err != nil {
 			return err
 		}
@@ -372,7 +374,7 @@ func (d *Daemon) Drain(ctx context.Context, name string, timeout time.Duration) 
 		if err != nil {
 			return err
 		}
-		key := ledger.MarkKey{Kind: ledger.MarkDrain, Name: full}
+		key := drainKey(i)
 		r.stage(func(tx *ledger.Tx) {
 			if m, ok := tx.Mark(key); ok {
 				if w, err := wishOf(m); err == nil && w.Place == changes.Place(i) {
@@ -399,13 +401,13 @@ func (d *Daemon) Drain(ctx context.Context, name string, timeout time.Duration) 
 // or ErrNotDraining, or is an *AmbiguousError.
 func (d *Daemon) Undrain(ctx context.Context, name string) (full string, err error) {
 	err = d.do(ctx, func(r *reconciler) error {
-		i, err := Instance(d.aggregator.Catalog(), name)
+		i, err := Instance(r.catalog(), name)
 		if err != nil {
 			return err
 		}
 		full = i.QualifiedName()
-		key := ledger.MarkKey{Kind: ledger.MarkDrain, Name: full}
-		marked := slices.ContainsFunc(d.ledger.Marks(), func(m ledger.Mark) bool { return m.Key() == key })
+		key := drainKey(i)
+		_, marked := d.ledger.Mark(key)
 		switch {
 		case !marked && i.Health == discovery.Maintenance:
 			return fmt.Errorf("%w by Roost: it is in maintenance at its source; end that there (`consul maint -disable`)", ErrNotDraining)

@@ -231,8 +231,8 @@ func (d *Daemon) rememberStore(ctx context.Context) error {
 		if d.ledger.Generation() == saved {
 			continue
 		}
-		var state ledger.State
-		if d.look(ctx, func(*reconciler) { state = d.ledger.State() }) != nil {
+		state, err := d.state(ctx)
+		if err != nil {
 			continue
 		}
 		if err := d.shared.remember(state); err != nil {
@@ -245,11 +245,17 @@ func (d *Daemon) rememberStore(ctx context.Context) error {
 
 // Export is the whole ledger as one document.
 func (d *Daemon) Export(ctx context.Context) (data []byte, err error) {
-	var state ledger.State
-	if err := d.look(ctx, func(*reconciler) { state = d.ledger.State() }); err != nil {
+	state, err := d.state(ctx)
+	if err != nil {
 		return nil, err
 	}
 	return ledger.Export(state)
+}
+
+// state is all that the ledger knows.
+func (d *Daemon) state(ctx context.Context) (s ledger.State, err error) {
+	err = d.look(ctx, func(*reconciler) { s = d.ledger.State() })
+	return s, err
 }
 
 // Import takes over what an export has and this ledger has not. Nothing is taken
