@@ -78,7 +78,7 @@ func NewAggregator(config Config) *Aggregator {
 	}
 	a := &Aggregator{config: config, changed: make(chan struct{}, 1), release: make(chan string, 16)}
 	a.queue.poke = make(chan struct{}, 1)
-	a.catalog.Store(&Catalog{Groups: map[Key]*Group{}})
+	a.catalog.Store(&Catalog{})
 	return a
 }
 

@@ -83,7 +83,7 @@ func pass(d time.Duration) { <-time.After(d) }
 
 func (b *bench) ids() string {
 	var out []string
-	if g := b.Catalog().Groups[shop]; g != nil {
+	if g := b.Catalog().Groups.Get(shop); g != nil {
 		for _, i := range g.Instances {
 			id := i.ID
 			if i.Stale {
@@ -113,9 +113,9 @@ func TestFailureIsNotAbsence(t *testing.T) {
 			t.Error("not ready after the first pass")
 		}
 		version := b.Catalog().Version
-		group := b.Catalog().Groups[shop]
+		group := b.Catalog().Groups.Get(shop)
 		b.say(Update{Scope: "shop", Instances: []Instance{at("a", "10.0.0.1:80")}, Index: 6})
-		if c := b.Catalog(); c.Version != version || c.Groups[shop] != group {
+		if c := b.Catalog(); c.Version != version || c.Groups.Get(shop) != group {
 			t.Error("an unchanged answer was published")
 		}
 		b.say(Update{Scope: "shop", Err: errors.New("500")})

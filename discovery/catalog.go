@@ -185,7 +185,7 @@ type SourceStatus struct {
 // Catalog is every instance that is known, at one moment. It is immutable.
 type Catalog struct {
 	Version  uint64
-	Groups   map[Key]*Group
+	Groups   Table[Key, *Group]
 	Sources  []SourceStatus // ordered by name
 	Problems []Problem
 	// Ready is set when every source has answered once or its last good state

@@ -34,7 +34,7 @@ func TestGuardProperties(t *testing.T) {
 		check := func() {
 			there := map[string]*Instance{}
 			held := 0
-			for _, g := range r.m.catalog().Groups {
+			for _, g := range r.m.catalog().Groups.All() {
 				for _, i := range g.Instances {
 					there[i.Name()] = i
 					if i.Held {
@@ -107,7 +107,7 @@ func TestGuardProperties(t *testing.T) {
 func idOfName(r *registry, name string) instanceID { i := r.list[name]; return idOf(&i) }
 
 func there(r *registry, name string) bool {
-	for _, g := range r.m.catalog().Groups {
+	for _, g := range r.m.catalog().Groups.All() {
 		if slices.ContainsFunc(g.Instances, func(i *Instance) bool { return i.Name() == name }) {
 			return true
 		}

@@ -132,7 +132,7 @@ func (r *registry) node(node string, down bool) {
 // counts are the catalog's instances: live, held, critical.
 func (r *registry) counts() string {
 	var live, held, critical int
-	for _, g := range r.m.catalog().Groups {
+	for _, g := range r.m.catalog().Groups.All() {
 		for _, i := range g.Instances {
 			switch {
 			case i.Held != (i.Held && i.Stale):

@@ -11,7 +11,7 @@ type merge struct {
 	config  Config
 	metrics *metrics
 	sources map[string]*sourceState
-	groups  map[Key]*Group
+	groups  Table[Key, *Group]
 	dirty   map[Key]touched
 	where   map[Key]map[where]bool // the scopes that have instances of a service
 	version uint64
@@ -69,7 +69,7 @@ type scopeState struct {
 }
 
 func newMerge(config Config) *merge {
-	m := &merge{config: config, metrics: newMetrics(config.Registerer), sources: map[string]*sourceState{}, groups: map[Key]*Group{}, dirty: map[Key]touched{}, where: map[Key]map[where]bool{}, now: time.Now}
+	m := &merge{config: config, metrics: newMetrics(config.Registerer), sources: map[string]*sourceState{}, dirty: map[Key]touched{}, where: map[Key]map[where]bool{}, now: time.Now}
 	for _, s := range config.Sources {
 		m.source(s.Name())
 	}
@@ -447,29 +447,43 @@ func (m *merge) catalog() *Catalog {
 }
 
 func (m *merge) regroup() {
-	groups := maps.Clone(m.groups)
+	groups := m.groups.Edit()
+	lists := m.listed()
 	for key, at := range m.dirty {
-		var list []*Instance
-		for ref := range m.where[key] {
-			for _, i := range m.sources[ref.source].scopes[ref.scope].Instances {
-				if i.Key == key {
-					list = append(list, i)
-				}
-			}
-		}
+		list := lists[key]
 		if len(list) == 0 {
-			delete(groups, key)
+			groups.Delete(key)
 			continue
 		}
-		if old := m.groups[key]; old != nil && at.source == "" {
+		if old := m.groups.Get(key); old != nil && at.source == "" {
 			at = touched{old.Source, old.Index, old.Seen}
 		}
 		slices.SortStableFunc(list, compareInstances)
 		list = slices.CompactFunc(list, func(a, b *Instance) bool { return idOf(a) == idOf(b) })
-		groups[key] = &Group{Key: key, Instances: list, Source: at.source, Index: at.index, Seen: at.seen}
+		groups.Set(key, &Group{Key: key, Instances: list, Source: at.source, Index: at.index, Seen: at.seen})
 	}
-	m.groups = groups
+	m.groups = groups.Table()
 	clear(m.dirty)
+}
+
+// listed are the instances of the dirty services. Each scope that has some is gone
+// through once: one may list the instances of many services.
+func (m *merge) listed() map[Key][]*Instance {
+	scopes := map[where]bool{}
+	for key := range m.dirty {
+		for ref := range m.where[key] {
+			scopes[ref] = true
+		}
+	}
+	lists := make(map[Key][]*Instance, len(m.dirty))
+	for ref := range scopes {
+		for _, i := range m.sources[ref.source].scopes[ref.scope].Instances {
+			if _, dirty := m.dirty[i.Key]; dirty {
+				lists[i.Key] = append(lists[i.Key], i)
+			}
+		}
+	}
+	return lists
 }
 
 func (m *merge) sourceProblems(s *sourceState) []Problem {

@@ -22,7 +22,7 @@ func TestTwoSources(t *testing.T) {
 	want := func(what, ids string) {
 		t.Helper()
 		var got []string
-		for _, i := range m.catalog().Groups[shop].Instances {
+		for _, i := range m.catalog().Groups.Get(shop).Instances {
 			text := i.ID + "/" + i.Source
 			if i.Stale {
 				text += "?"
@@ -39,7 +39,7 @@ func TestTwoSources(t *testing.T) {
 	m.apply(Update{Source: "consul", Scope: "shop", Index: 9})
 	want("the other one removes", "a/file? b/file?")
 	m.apply(Update{Source: "file", Complete: true, Scopes: []string{}})
-	if g := m.catalog().Groups[shop]; g != nil {
+	if g := m.catalog().Groups.Get(shop); g != nil {
 		t.Errorf("%+v is left", g)
 	}
 	if len(m.where) != 0 {
@@ -101,17 +101,17 @@ func TestUntouchedGroupsKeepTheirPointer(t *testing.T) {
 	before := m.catalog()
 	m.apply(Update{Source: "consul", Scope: "shop", Instances: []Instance{at("a", "10.0.0.2:80")}, Index: 3, Seen: time.Unix(9, 0)})
 	after := m.catalog()
-	if after.Groups[cart.Key] != before.Groups[cart.Key] {
+	if after.Groups.Get(cart.Key) != before.Groups.Get(cart.Key) {
 		t.Error("another service's group is new")
 	}
-	if g := after.Groups[shop]; g == before.Groups[shop] || g.Source != "consul" || g.Index != 3 || !g.Seen.Equal(time.Unix(9, 0)) {
+	if g := after.Groups.Get(shop); g == before.Groups.Get(shop) || g.Source != "consul" || g.Index != 3 || !g.Seen.Equal(time.Unix(9, 0)) {
 		t.Errorf("%+v", g)
 	}
 	m.apply(Update{Source: "consul", Err: errors.New("no leader")})
-	if g := m.catalog().Groups[shop]; !g.Instances[0].Stale || g.Source != "consul" || g.Index != 3 || !g.Seen.Equal(time.Unix(9, 0)) {
+	if g := m.catalog().Groups.Get(shop); !g.Instances[0].Stale || g.Source != "consul" || g.Index != 3 || !g.Seen.Equal(time.Unix(9, 0)) {
 		t.Errorf("a mark counts as a change: %+v", g)
 	}
-	if before.Groups[shop].Instances[0].Address.String() != "10.0.0.1" {
+	if before.Groups.Get(shop).Instances[0].Address.String() != "10.0.0.1" {
 		t.Error("a published group was written to")
 	}
 }
@@ -123,11 +123,11 @@ func TestOneScopeOfManyTenants(t *testing.T) {
 	other := at("b", "10.0.0.2:80")
 	other.Key.Tenant = "globex"
 	m.apply(Update{Source: "consul", Scope: "shop", Instances: []Instance{at("a", "10.0.0.1:80"), other}})
-	if got := m.catalog().Groups; len(got) != 2 || len(got[shop].Instances) != 1 {
+	if got := m.catalog().Groups; got.Len() != 2 || len(got.Get(shop).Instances) != 1 {
 		t.Errorf("%+v", got)
 	}
 	m.apply(Update{Source: "consul", Scope: "shop", Instances: []Instance{other}})
-	if got := m.catalog().Groups; len(got) != 1 || got[other.Key] == nil {
+	if got := m.catalog().Groups; got.Len() != 1 || got.Get(other.Key) == nil {
 		t.Errorf("%+v", got)
 	}
 }
@@ -187,7 +187,7 @@ func TestLastGoodThatCannotBeUsed(t *testing.T) {
 		}
 		m := newMerge(c)
 		m.load()
-		if got := m.catalog(); got.Ready || len(got.Groups) != 0 {
+		if got := m.catalog(); got.Ready || got.Groups.Len() != 0 {
 			t.Errorf("%s: %+v", name, got)
 		}
 	}
@@ -212,7 +212,7 @@ func TestProbesBeginAnew(t *testing.T) {
 			t.Error("it is gone")
 		}
 	}
-	if !probe(false) || len(m.catalog().Groups) != 0 || m.sources["consul"].status.Held != 0 {
+	if !probe(false) || m.catalog().Groups.Len() != 0 || m.sources["consul"].status.Held != 0 {
 		t.Error("it stays")
 	}
 	if m.probed(probeResult{source: "consul", id: idOf(&a), err: errors.New("late")}) {

@@ -136,7 +136,7 @@ func (a *asking) domain() verdict {
 
 // service looks a service up for the caller.
 func (a *asking) service(name, tenant string) (*lb.Service, reason) {
-	svc := a.snap.Services[lb.Key{Tenant: tenant, Service: name}]
+	svc := a.snap.Services.Get(lb.Key{Tenant: tenant, Service: name})
 	switch {
 	case svc == nil:
 		return nil, reasonNoService
@@ -210,7 +210,7 @@ func (a *asking) dedicated() verdict {
 		}
 		return a.absent(reasonNoDedicated, nil)
 	case 3:
-		svc := a.snap.Services[lb.Key{Tenant: p.labels[1], Service: p.labels[0]}]
+		svc := a.snap.Services.Get(lb.Key{Tenant: p.labels[1], Service: p.labels[0]})
 		if svc == nil {
 			return a.absent(reasonNoService, nil)
 		}

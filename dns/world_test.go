@@ -85,17 +85,19 @@ func world(options ...worldOption) *lb.Snapshot {
 				{Name: "globex", Clients: []lb.Client{{Prefix: prefix("10.43.0.0/16")}}},
 			},
 		},
-		Catalog:   &discovery.Catalog{Ready: true, Groups: map[lb.Key]*discovery.Group{}},
+		Catalog:   &discovery.Catalog{Ready: true},
 		Addresses: map[lb.Key]lb.Addresses{},
 	}
 	for _, s := range worldServices() {
 		in.Services = append(in.Services, &s.spec)
 		in.Addresses[s.spec.Key] = s.addr
 	}
+	groups := map[lb.Key]*discovery.Group{}
 	for k, a := range map[lb.Key]string{key("acme", "shop"): fromShop, key("globex", "web"): fromWeb} {
-		in.Catalog.Groups[k] = &discovery.Group{Key: k, Instances: []*discovery.Instance{{ID: k.Service + "-1", Node: testNode, Key: k,
+		groups[k] = &discovery.Group{Key: k, Instances: []*discovery.Instance{{ID: k.Service + "-1", Node: testNode, Key: k,
 			Address: netip.MustParseAddr(a), Ports: []discovery.Port{{Number: 8080}}, Weight: 1, Health: discovery.Passing}}}
 	}
+	in.Catalog.Groups = discovery.TableOf(groups)
 	for _, o := range options {
 		o(&in)
 	}

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"maps"
 	"net/netip"
+	"reflect"
 	"slices"
 	"strings"
 
@@ -17,6 +18,10 @@ type Input struct {
 	Catalog   *discovery.Catalog
 	Services  []*ServiceSpec // declared, recorded and newly seen; one per key
 	Addresses map[Key]Addresses
+	// Same says that Services and Addresses are those that the previous Snapshot
+	// was built from: then only what the Catalog and Drains say is looked at, and
+	// only where they differ.
+	Same bool
 	// HostAddresses are the addresses of this host's interfaces: they name the
 	// node, never an instance.
 	HostAddresses []netip.Addr
@@ -28,30 +33,118 @@ type Input struct {
 // Build makes the next Snapshot. It is pure: the same input gives the same
 // Snapshot. What did not change is shared with prev, which may be nil.
 func Build(prev *Snapshot, in Input) *Snapshot {
-	s := &Snapshot{Version: 1, Config: in.Config, Catalog: in.Catalog, Services: make(map[Key]*Service, len(in.Services))}
-	reuse := prev
+	s := &Snapshot{Version: 1, Config: in.Config, Catalog: in.Catalog, drains: in.Drains}
 	if prev != nil {
 		s.Version = prev.Version + 1
-		if prev.Config != in.Config {
-			reuse = nil
-		}
 	}
-	versions := routedVersions(in.Config)
-	for _, spec := range in.Services {
-		var before *Service
-		if prev != nil && prev.Config.sameNames(in.Config) {
-			before = prev.Services[spec.Key]
-		}
-		svc := buildService(before, in.Config, spec, in.Addresses[spec.Key], in.Catalog.Groups[spec.Key], versions[spec.Key], in.Drains[spec.Key])
-		s.Services[spec.Key] = svc
-		s.Order = append(s.Order, svc)
+	b := build{Snapshot: s, in: in}
+	if prev != nil && prev.Config == in.Config {
+		b.prev = prev
 	}
-	slices.SortFunc(s.Order, func(a, b *Service) int { return a.Key.Compare(b.Key) })
-	s.index(reuse)
-	s.callers(reuse, in)
-	s.routes(reuse)
-	s.problems()
+	if b.prev != nil && in.Same {
+		b.touched()
+	} else {
+		b.all(prev)
+	}
+	b.index()
+	b.callers()
+	b.routes()
+	b.problems()
 	return s
+}
+
+// build is a Snapshot in the making.
+type build struct {
+	*Snapshot
+	in   Input
+	prev *Snapshot // of the same Config; else nil
+	// moves are the services that differ from those of prev.
+	moves []move
+	// population says that services have come or gone, specs that one of those
+	// that stayed has another spec.
+	population, specs bool
+}
+
+// move is a service that has changed; before is nil for one that has come, after
+// for one that has gone.
+type move struct{ before, after *Service }
+
+// all builds every service.
+func (b *build) all(prev *Snapshot) {
+	from := prev
+	if prev == nil || !prev.Config.sameNames(b.Config) {
+		from = &Snapshot{}
+	}
+	services := from.Services.Edit()
+	versions := routedVersions(b.Config)
+	exists := make(map[Key]bool, len(b.in.Services))
+	b.Order = make([]*Service, 0, len(b.in.Services))
+	for _, spec := range b.in.Services {
+		before := from.Services.Get(spec.Key)
+		svc := b.service(before, spec, b.in.Addresses[spec.Key], versions[spec.Key])
+		exists[spec.Key] = true
+		b.Order = append(b.Order, svc)
+		services.Set(spec.Key, svc)
+		b.moved(before, svc)
+	}
+	for _, before := range from.Order {
+		if !exists[before.Key] {
+			services.Delete(before.Key)
+			b.moved(before, nil)
+		}
+	}
+	b.Services = services.Table()
+	slices.SortFunc(b.Order, func(a, b *Service) int { return a.Key.Compare(b.Key) })
+}
+
+// touched builds the services whose instances or drains may have changed; all
+// others are those of prev.
+func (b *build) touched() {
+	keys := map[Key]bool{}
+	for k := range b.Catalog.Groups.Differs(b.prev.Catalog.Groups) {
+		keys[k] = true
+	}
+	for _, drains := range []map[Key]map[string]Drain{b.in.Drains, b.prev.drains} {
+		for k := range drains {
+			keys[k] = true
+		}
+	}
+	services := b.prev.Services.Edit()
+	b.Order = b.prev.Order
+	for k := range keys {
+		before := b.prev.Services.Get(k)
+		if before == nil {
+			continue
+		}
+		svc := b.service(before, before.Spec, before.addresses(), before.Versions)
+		if svc == before {
+			continue
+		}
+		if len(b.moves) == 0 {
+			b.Order = slices.Clone(b.Order)
+		}
+		at, _ := slices.BinarySearchFunc(b.Order, k, func(s *Service, k Key) int { return s.Key.Compare(k) })
+		b.Order[at] = svc
+		services.Set(k, svc)
+		b.moved(before, svc)
+	}
+	b.Services = services.Table()
+}
+
+func (b *build) service(before *Service, spec *ServiceSpec, addr Addresses, versions []string) *Service {
+	return buildService(before, b.Config, spec, addr, b.Catalog.Groups.Get(spec.Key), versions, b.in.Drains[spec.Key])
+}
+
+func (b *build) moved(before, after *Service) {
+	if before == after {
+		return
+	}
+	b.moves = append(b.moves, move{before, after})
+	if before == nil || after == nil {
+		b.population = true
+	} else if before.Spec != after.Spec {
+		b.specs = true
+	}
 }
 
 // sameNames tells whether services built under c look the same under o.
@@ -73,27 +166,19 @@ func routedVersions(c *Config) map[Key][]string {
 }
 
 // index fills ByAddress; it is shared with prev while no address changed.
-func (s *Snapshot) index(prev *Snapshot) {
-	if prev != nil && len(prev.Order) == len(s.Order) {
-		same := true
-		for n, svc := range s.Order {
-			if p := prev.Order[n]; p != svc && (p.Key != svc.Key || p.addresses() != svc.addresses()) {
-				same = false
-				break
-			}
-		}
-		// The map's values may be older pointers of the same service: Service
+func (b *build) index() {
+	same := b.prev != nil && !b.population && !slices.ContainsFunc(b.moves, func(m move) bool { return !m.before.SameAddresses(m.after) })
+	if same {
+		// The map's values may be older pointers of the same service: ServiceAt
 		// resolves them.
-		if same {
-			s.ByAddress = prev.ByAddress
-			return
-		}
+		b.ByAddress = b.prev.ByAddress
+		return
 	}
-	s.ByAddress = make(map[netip.Addr]*Service, len(s.Order))
-	for _, svc := range s.Order {
+	b.ByAddress = make(map[netip.Addr]*Service, len(b.Order))
+	for _, svc := range b.Order {
 		for _, a := range []netip.Addr{svc.Address, svc.Address6, svc.Dedicated} {
 			if a.IsValid() {
-				s.ByAddress[a] = svc
+				b.ByAddress[a] = svc
 			}
 		}
 	}
@@ -105,93 +190,146 @@ func (s *Snapshot) ServiceAt(a netip.Addr) (*Service, bool) {
 	if !ok {
 		return nil, false
 	}
-	now, ok := s.Services[found.Key]
-	return now, ok
+	return s.Services.Find(found.Key)
 }
 
-func (s *Snapshot) callers(prev *Snapshot, in Input) {
-	if prev == nil || prev.Callers == nil || !slices.Equal(prev.Callers.host, in.HostAddresses) {
-		s.Callers = newCallers(in.Config, in.HostAddresses)
-		for _, svc := range s.Order {
-			for _, e := range svc.Endpoints {
-				s.Callers.edit(e.Instance.Node).count(e, svc.Key, 1)
-			}
-		}
+func (b *build) callers() {
+	if b.prev == nil || b.prev.Callers == nil || !slices.Equal(b.prev.Callers.host, b.in.HostAddresses) {
+		b.Callers = newCallers(b.Config, b.in.HostAddresses)
+		b.Callers.fill(b.Order)
 		return
 	}
-	s.Callers = prev.Callers
-	for _, svc := range s.Order {
-		if before := prev.Services[svc.Key]; before != svc && !samePlaces(before, svc) {
-			s.Callers = s.Callers.with(before, svc)
+	var moved []move
+	for _, m := range b.moves {
+		if !samePlaces(m.before, m.after) {
+			moved = append(moved, m)
 		}
 	}
-	for key, before := range prev.Services {
-		if s.Services[key] == nil && len(before.Endpoints) > 0 {
-			s.Callers = s.Callers.with(before, nil)
-		}
-	}
+	b.Callers = b.prev.Callers.with(moved)
 }
 
 func samePlaces(a, b *Service) bool {
-	if a == nil {
-		return len(b.Endpoints) == 0
+	var before, after []*Endpoint
+	if a != nil {
+		before = a.Endpoints
 	}
-	return slices.EqualFunc(a.Endpoints, b.Endpoints, func(x, y *Endpoint) bool {
+	if b != nil {
+		after = b.Endpoints
+	}
+	return slices.EqualFunc(before, after, func(x, y *Endpoint) bool {
 		return x.Instance.Node == y.Instance.Node && x.Instance.Address == y.Instance.Address && x.Instance.NodeAddress == y.Instance.NodeAddress
 	})
 }
 
-func (s *Snapshot) problems() {
-	for _, svc := range s.Order {
-		s.Problems = append(s.Problems, svc.Problems...)
+// problems collects them. They are shared with prev while nobody has others: most
+// changes cause none.
+func (b *build) problems() {
+	b.undeclared = b.withoutService()
+	if b.sameProblems() {
+		b.found = b.prev.found
+		b.Problems = b.found
+		return
 	}
-	s.Problems = append(s.Problems, s.Catalog.Problems...)
-	for key, group := range s.Catalog.Groups {
-		if s.Services[key] != nil {
+	for _, svc := range b.Order {
+		b.found = append(b.found, svc.Problems...)
+	}
+	b.found = append(b.found, b.Routing.problems...)
+	b.found = append(b.found, b.Catalog.Problems...)
+	b.found = append(b.found, b.undeclared...)
+	if c := b.Config; len(c.Tenants) > 1 && !c.LoopbackSet {
+		b.found = append(b.found, Problem{Code: "loopback_unset", Severity: discovery.SeverityInfo, Object: "loopback", Place: "loopback",
+			Message: "with several tenants, callers over loopback still see all of them",
+			Fix:     "write `loopback: all`, `loopback: none` or `loopback: TENANT` into roost.yaml"})
+	}
+	SortProblems(b.found)
+	b.Problems = b.found
+}
+
+func (b *build) sameProblems() bool {
+	return b.prev != nil && slices.Equal(b.Routing.problems, b.prev.Routing.problems) && slices.Equal(b.Catalog.Problems, b.prev.Catalog.Problems) &&
+		slices.Equal(b.undeclared, b.prev.undeclared) && !slices.ContainsFunc(b.moves, func(m move) bool {
+		return !slices.Equal(m.before.problemsOf(), m.after.problemsOf())
+	})
+}
+
+func (s *Service) problemsOf() []Problem {
+	if s == nil {
+		return nil
+	}
+	return s.Problems
+}
+
+// withoutService are the problems of instances whose service nobody has declared.
+func (b *build) withoutService() (out []Problem) {
+	if b.prev != nil && !b.population {
+		same := true
+		for k := range b.Catalog.Groups.Differs(b.prev.Catalog.Groups) {
+			same = same && b.Services.Get(k) != nil
+		}
+		if same {
+			return b.prev.undeclared
+		}
+	}
+	for key, group := range b.Catalog.Groups.All() {
+		if b.Services.Get(key) != nil {
 			continue
 		}
 		for _, i := range group.Instances {
-			s.Problems = append(s.Problems, Problem{Code: "service_undeclared", Severity: discovery.SeverityError, Object: i.QualifiedName(), Place: i.Origin,
+			out = append(out, Problem{Code: "service_undeclared", Severity: discovery.SeverityError, Object: i.QualifiedName(), Place: i.Origin,
 				Message: fmt.Sprintf("is an instance of %s, which nobody has declared; it takes no traffic", key),
 				Fix:     fmt.Sprintf("declare the service in roost.yaml, or run `roost service create %s --port PORT`", key)})
 		}
 	}
-	if c := s.Config; len(c.Tenants) > 1 && !c.LoopbackSet {
-		s.Problems = append(s.Problems, Problem{Code: "loopback_unset", Severity: discovery.SeverityInfo, Object: "loopback", Place: "loopback",
-			Message: "with several tenants, callers over loopback still see all of them",
-			Fix:     "write `loopback: all`, `loopback: none` or `loopback: TENANT` into roost.yaml"})
-	}
-	SortProblems(s.Problems)
+	SortProblems(out)
+	return out
 }
 
 // SortProblems orders by severity, code, object and place.
-func SortProblems(p []Problem) {
-	rank := map[string]int{discovery.SeverityError: 0, discovery.SeverityWarning: 1, discovery.SeverityInfo: 2}
-	slices.SortStableFunc(p, func(a, b Problem) int {
-		return cmp.Or(cmp.Compare(rank[a.Severity], rank[b.Severity]), strings.Compare(a.Code, b.Code), strings.Compare(a.Object, b.Object), strings.Compare(a.Place, b.Place))
-	})
+func SortProblems(p []Problem) { slices.SortStableFunc(p, compareProblems) }
+
+var severityRank = map[string]int{discovery.SeverityError: 0, discovery.SeverityWarning: 1, discovery.SeverityInfo: 2}
+
+func compareProblems(a, b Problem) int {
+	return cmp.Or(cmp.Compare(severityRank[a.Severity], severityRank[b.Severity]), strings.Compare(a.Code, b.Code), strings.Compare(a.Object, b.Object), strings.Compare(a.Place, b.Place))
 }
 
-// routes resolves the declared routes and public listeners.
-func (s *Snapshot) routes(prev *Snapshot) {
-	if prev != nil && sameShapes(prev, s) {
-		s.Listeners, s.Routes, s.Mesh, s.routeProblems = prev.Listeners, prev.Routes, prev.Mesh, prev.routeProblems
-		s.Problems = append(s.Problems, s.routeProblems...)
+// routes resolves the declared routes and public listeners; they resolve alike
+// while the services are the same with the same specs.
+func (b *build) routes() {
+	if b.prev != nil && !b.population && !b.specs {
+		b.Routing = b.prev.Routing
 		return
 	}
-	r := resolver{s: s, listeners: map[string]*Listener{}}
-	r.run()
-	s.routeProblems = r.problems
-	s.Problems = append(s.Problems, r.problems...)
+	r := resolver{s: b.Snapshot, listeners: map[string]*Listener{}}
+	b.Routing = r.run()
+	if b.prev != nil {
+		b.Routing = b.Routing.sharing(b.prev.Routing)
+	}
 }
 
-// sameShapes tells whether routes resolve alike: the same services with the
-// same specs.
-func sameShapes(a, b *Snapshot) bool {
-	return len(a.Order) == len(b.Order) && !slices.ContainsFunc(b.Order, func(s *Service) bool {
-		before := a.Services[s.Key]
-		return before == nil || before.Spec != s.Spec
-	})
+// sharing is r with what is the same in prev taken from there.
+func (r *Routing) sharing(prev *Routing) *Routing {
+	same := reflect.DeepEqual(r.Listeners, prev.Listeners) && slices.Equal(r.problems, prev.problems)
+	if same {
+		r.Listeners = prev.Listeners
+	}
+	same = share(r.Routes, prev.Routes) && same
+	if share(r.Mesh, prev.Mesh) && same {
+		return prev
+	}
+	return r
+}
+
+func share[K comparable](now, prev map[K][]*Route) (same bool) {
+	same = len(now) == len(prev)
+	for k, routes := range now {
+		if reflect.DeepEqual(routes, prev[k]) {
+			now[k] = prev[k]
+		} else {
+			same = false
+		}
+	}
+	return same
 }
 
 // Tenants lists every tenant that is declared or owns a service, by name.
@@ -211,6 +349,14 @@ func (s *Snapshot) AddProblems(more []Problem) {
 	if len(more) == 0 {
 		return
 	}
-	s.Problems = append(slices.Clone(s.Problems), more...)
-	SortProblems(s.Problems)
+	more = slices.Clone(more)
+	SortProblems(more)
+	out := make([]Problem, 0, len(s.Problems)+len(more))
+	for _, p := range s.Problems {
+		for len(more) > 0 && compareProblems(more[0], p) < 0 {
+			out, more = append(out, more[0]), more[1:]
+		}
+		out = append(out, p)
+	}
+	s.Problems = append(out, more...)
 }

@@ -6,6 +6,8 @@ import (
 	"slices"
 
 	"github.com/gaissmai/bart"
+
+	"github.com/roostmesh/roost/discovery"
 )
 
 // ViewKind is how much a caller may see.
@@ -49,7 +51,7 @@ type Callers struct {
 	host     []netip.Addr        // addresses of this host's interfaces
 	shared   *bart.Table[string] // clients of every node
 	byNode   map[string]*bart.Table[string]
-	nodes    map[string]*nodeCallers
+	nodes    Table[string, *nodeCallers]
 }
 
 // nodeCallers are the instances on one node, by address. Callers share it
@@ -61,7 +63,7 @@ type nodeCallers struct {
 }
 
 func newCallers(c *Config, hostAddresses []netip.Addr) *Callers {
-	out := &Callers{loopback: c.Loopback, host: hostAddresses, shared: new(bart.Table[string]), byNode: map[string]*bart.Table[string]{}, nodes: map[string]*nodeCallers{}}
+	out := &Callers{loopback: c.Loopback, host: hostAddresses, shared: new(bart.Table[string]), byNode: map[string]*bart.Table[string]{}}
 	for _, t := range c.Tenants {
 		for _, client := range t.Clients {
 			client.Prefix = client.Prefix.Masked()
@@ -76,48 +78,70 @@ func newCallers(c *Config, hostAddresses []netip.Addr) *Callers {
 		}
 	}
 	if len(hostAddresses) > 0 {
-		n := out.edit(c.Node)
+		n := newNodeCallers()
 		for _, a := range hostAddresses {
 			n.own[a.Unmap()]++
 		}
+		out.nodes = discovery.TableOf(map[string]*nodeCallers{c.Node: n})
 	}
 	return out
 }
 
-// with returns Callers in which one service's instances have moved; only the
+// fill counts the instances of all services; only before c is shared.
+func (c *Callers) fill(services []*Service) {
+	nodes := map[string]*nodeCallers{}
+	for node, n := range c.nodes.All() {
+		nodes[node] = n
+	}
+	for _, s := range services {
+		for _, e := range s.Endpoints {
+			node := e.Instance.Node
+			if nodes[node] == nil {
+				nodes[node] = newNodeCallers()
+			}
+			nodes[node].count(e, s.Key, 1)
+		}
+	}
+	c.nodes = discovery.TableOf(nodes)
+}
+
+// with returns Callers in which some services' instances have moved; only the
 // nodes that they leave or join are copied.
-func (c *Callers) with(before, after *Service) *Callers {
-	out := *c
-	out.nodes = maps.Clone(c.nodes)
-	fresh := map[string]bool{}
+func (c *Callers) with(moves []move) *Callers {
+	if len(moves) == 0 {
+		return c
+	}
+	fresh := map[string]*nodeCallers{}
+	nodes := c.nodes.Edit()
 	apply := func(s *Service, by int) {
 		if s == nil {
 			return
 		}
 		for _, e := range s.Endpoints {
 			node := e.Instance.Node
-			if !fresh[node] {
-				fresh[node] = true
-				out.nodes[node] = out.nodes[node].clone()
+			if fresh[node] == nil {
+				fresh[node] = c.nodes.Get(node).clone()
+				nodes.Set(node, fresh[node])
 			}
-			out.nodes[node].count(e, s.Key, by)
+			fresh[node].count(e, s.Key, by)
 		}
 	}
-	apply(before, -1)
-	apply(after, 1)
+	for _, m := range moves {
+		apply(m.before, -1)
+		apply(m.after, 1)
+	}
+	out := *c
+	out.nodes = nodes.Table()
 	return &out
 }
 
-func (c *Callers) edit(node string) *nodeCallers {
-	if c.nodes[node] == nil {
-		c.nodes[node] = (*nodeCallers)(nil).clone()
-	}
-	return c.nodes[node]
+func newNodeCallers() *nodeCallers {
+	return &nodeCallers{at: map[netip.Addr]map[Key]int{}, own: map[netip.Addr]int{}, tenants: map[string]int{}}
 }
 
 func (n *nodeCallers) clone() *nodeCallers {
 	if n == nil {
-		return &nodeCallers{at: map[netip.Addr]map[Key]int{}, own: map[netip.Addr]int{}, tenants: map[string]int{}}
+		return newNodeCallers()
 	}
 	out := &nodeCallers{at: make(map[netip.Addr]map[Key]int, len(n.at)), own: maps.Clone(n.own), tenants: maps.Clone(n.tenants)}
 	for a, keys := range n.at {
@@ -186,7 +210,7 @@ func (c *Callers) client(node string, addr netip.Addr) (string, bool) {
 }
 
 func (c *Callers) instance(node string, addr netip.Addr) View {
-	n := c.nodes[node]
+	n := c.nodes.Get(node)
 	if n == nil || len(n.at[addr]) == 0 {
 		return View{Why: "no clients prefix and no instance on node " + node + " has this address"}
 	}
@@ -211,7 +235,7 @@ func (c *Callers) instance(node string, addr netip.Addr) View {
 // all says that loopback callers are everybody.
 func (c *Callers) Tenants(node string) (tenants []string, all bool) {
 	set := map[string]bool{}
-	if n := c.nodes[node]; n != nil {
+	if n := c.nodes.Get(node); n != nil {
 		for t := range n.tenants {
 			set[t] = true
 		}
@@ -242,7 +266,7 @@ func (c *Callers) clientTenants(node string) []string {
 // Services lists the services of which an instance runs on the node.
 func (c *Callers) Services(node string) map[Key]bool {
 	out := map[Key]bool{}
-	if n := c.nodes[node]; n != nil {
+	if n := c.nodes.Get(node); n != nil {
 		for _, keys := range n.at {
 			for k := range keys {
 				out[k] = true
@@ -298,7 +322,7 @@ func (c *Callers) Admit(node, tenant string, allow []Grant) []Admitted {
 		slices.SortFunc(a.Except, netip.Prefix.Compare)
 		out = append(out, a)
 	}
-	if n := c.nodes[node]; n != nil {
+	if n := c.nodes.Get(node); n != nil {
 		for addr, keys := range n.at {
 			if v := c.Who(node, addr); len(keys) > 0 && !addr.IsLoopback() && v.Sees(s) {
 				out = append(out, Admitted{Prefix: netip.PrefixFrom(addr, addr.BitLen())})

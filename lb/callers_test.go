@@ -82,7 +82,7 @@ func TestAdmitAgreesWithWho(t *testing.T) {
 		}
 		specs[0].Allow = []Grant{{Tenant: "b"}, {Tenant: "c", Service: "x"}}
 		s := Build(nil, Input{Config: c, Catalog: discovery.NewCatalog(list), Services: specs, HostAddresses: []netip.Addr{address("host")}})
-		service := s.Services[Key{Tenant: "a", Service: "x"}]
+		service := s.Services.Get(Key{Tenant: "a", Service: "x"})
 		caller := address("caller")
 		if n := rapid.IntRange(0, 7).Draw(rt, "over loopback"); n < 3 {
 			caller = []netip.Addr{netip.MustParseAddr("127.0.0.1"), netip.MustParseAddr("127.9.9.9"), netip.MustParseAddr("::1")}[n]
@@ -114,17 +114,15 @@ func TestBuildSharesWhatDidNotChange(t *testing.T) {
 	a := discovery.NewCatalog(first)
 	one := Build(nil, Input{Config: c, Catalog: a, Services: specs})
 	moved := *a
-	moved.Groups = map[Key]*discovery.Group{}
-	for k, g := range a.Groups {
-		moved.Groups[k] = g
-	}
 	shop, cart := Key{Tenant: "acme", Service: "shop"}, Key{Tenant: "acme", Service: "cart"}
-	moved.Groups[shop] = discovery.NewCatalog([]discovery.Instance{instance("acme", "shop", "s", "h1", "10.0.0.9:80")}).Groups[shop]
+	groups := a.Groups.Edit()
+	groups.Set(shop, discovery.NewCatalog([]discovery.Instance{instance("acme", "shop", "s", "h1", "10.0.0.9:80")}).Groups.Get(shop))
+	moved.Groups = groups.Table()
 	two := Build(one, Input{Config: c, Catalog: &moved, Services: specs})
-	if two.Services[cart] != one.Services[cart] || two.Services[shop] == one.Services[shop] {
+	if two.Services.Get(cart) != one.Services.Get(cart) || two.Services.Get(shop) == one.Services.Get(shop) {
 		t.Error("the move of shop has rebuilt cart, or has not rebuilt shop")
 	}
-	if got := two.Services[shop].Endpoints[0].At[0].String(); got != "10.0.0.9:80" {
+	if got := two.Services.Get(shop).Endpoints[0].At[0].String(); got != "10.0.0.9:80" {
 		t.Errorf("shop is at %s", got)
 	}
 	if two.Version != one.Version+1 {
@@ -175,7 +173,7 @@ func TestProblemsNameTheWayOut(t *testing.T) {
 			t.Errorf("%s at %s is %+v", code, place, p)
 		}
 	}
-	for _, e := range s.Services[Key{Tenant: "acme", Service: "shop"}].Endpoints {
+	for _, e := range s.Services.Get(Key{Tenant: "acme", Service: "shop"}).Endpoints {
 		if want := e.Instance.ID != "far"; e.Serving != want {
 			t.Errorf("instance %s takes traffic: %v, want %v", e.Instance.ID, e.Serving, want)
 		}

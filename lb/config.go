@@ -17,6 +17,9 @@ import (
 // Key names a service inside a tenant.
 type Key = discovery.Key
 
+// Table is an immutable map that tells cheaply what differs from another one.
+type Table[K, V comparable] = discovery.Table[K, V]
+
 // Problem is a mistake or a danger that a person has to mend.
 type Problem = discovery.Problem
 

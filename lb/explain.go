@@ -170,7 +170,7 @@ func (e *explainer) inside() bool {
 			e.end(NoHost, "the name does not exist")
 			return true
 		}
-		svc = e.s.Services[Key{Tenant: labels[1], Service: labels[0]}]
+		svc = e.s.Services.Get(Key{Tenant: labels[1], Service: labels[0]})
 		if svc == nil || dedicated && !svc.Dedicated.IsValid() {
 			e.step("dns", false, host+" does not exist: NXDOMAIN; nobody has declared or registered this service")
 			e.end(NoHost, "no such service")
@@ -425,7 +425,7 @@ func (e *explainer) take(r *Route) {
 		if e.out.Cluster == nil && d.Weight > 0 {
 			e.out.Cluster = text(d.Cluster)
 		}
-		svc := e.s.Services[d.Service]
+		svc := e.s.Services.Get(d.Service)
 		if svc == nil {
 			continue
 		}

@@ -60,8 +60,8 @@ func TestConditions(t *testing.T) {
 		{"query by case", Match{Query: []ValueMatch{{Name: "q"}}}, "http://h/?Q=1", nil, "query parameter q is wanted and is absent"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			s := &Snapshot{Config: &Config{Domain: "roost"}, Listeners: []*Listener{{Spec: &ListenerSpec{Name: "web", Protocol: HTTP}}},
-				Routes: map[string][]*Route{"web": {{Name: "r", Match: test.match}}}}
+			s := &Snapshot{Config: &Config{Domain: "roost"}, Routing: &Routing{Listeners: []*Listener{{Spec: &ListenerSpec{Name: "web", Protocol: HTTP}}},
+				Routes: map[string][]*Route{"web": {{Name: "r", Match: test.match}}}}}
 			e, err := s.Explain(Question{URL: test.url, Headers: test.headers, Listener: "web"})
 			if err != nil {
 				t.Fatal(err)
@@ -102,7 +102,7 @@ func TestTheMostSpecificRouteWins(t *testing.T) {
 			routes = append(routes, r)
 		}
 		sortRoutes(routes)
-		s := &Snapshot{Config: &Config{Domain: "roost"}, Listeners: []*Listener{{Spec: &ListenerSpec{Name: "web", Protocol: HTTP}}}, Routes: map[string][]*Route{"web": routes}}
+		s := &Snapshot{Config: &Config{Domain: "roost"}, Routing: &Routing{Listeners: []*Listener{{Spec: &ListenerSpec{Name: "web", Protocol: HTTP}}}, Routes: map[string][]*Route{"web": routes}}}
 		host, path := rapid.SampledFrom([]string{"a.x", "b.x", "c.a.x", "c.x", "x", "y", "z"}).Draw(rt, "asked"), rapid.SampledFrom(paths).Draw(rt, "asked path")
 		headers := map[string]string{"x": rapid.SampledFrom([]string{"1", "2"}).Draw(rt, "value")}
 		e, err := s.Explain(Question{URL: "http://" + host + path, Headers: headers, Listener: "web"})

@@ -1,5 +1,7 @@
 package lb
 
+import "slices"
+
 // Sight is which services a proxy may hold, by who it is.
 type Sight struct {
 	role     Role
@@ -65,7 +67,7 @@ func (v Sight) Sees(s *Service) bool {
 
 // SameOn tells whether both say the same of who is who on a node.
 func (c *Callers) SameOn(o *Callers, node string) bool {
-	return c == o || o != nil && c.shared == o.shared && c.byNode[node] == o.byNode[node] && c.nodes[node] == o.nodes[node] && c.loopback == o.loopback
+	return c == o || o != nil && c.shared == o.shared && c.byNode[node] == o.byNode[node] && c.nodes.Get(node) == o.nodes.Get(node) && c.loopback == o.loopback
 }
 
 // ChangedNodes lists the nodes on which c and o differ; all says every node.
@@ -76,15 +78,5 @@ func (c *Callers) ChangedNodes(o *Callers) (nodes []string, all bool) {
 	if o == nil || c.shared != o.shared || c.loopback != o.loopback {
 		return nil, true
 	}
-	for name, n := range c.nodes {
-		if o.nodes[name] != n {
-			nodes = append(nodes, name)
-		}
-	}
-	for name := range o.nodes {
-		if c.nodes[name] == nil {
-			nodes = append(nodes, name)
-		}
-	}
-	return nodes, false
+	return slices.Sorted(c.nodes.Differs(o.nodes)), false
 }

@@ -11,13 +11,13 @@ import (
 // resolver turns declared listeners and routes into what is served, and what
 // cannot be served into Problems.
 type resolver struct {
-	s         *Snapshot
+	s *Snapshot
+	*Routing
 	listeners map[string]*Listener
-	problems  []Problem
 }
 
-func (r *resolver) run() {
-	r.s.Routes, r.s.Mesh = map[string][]*Route{}, map[Key][]*Route{}
+func (r *resolver) run() *Routing {
+	r.Routing = &Routing{Routes: map[string][]*Route{}, Mesh: map[Key][]*Route{}}
 	for _, spec := range r.s.Config.Listeners {
 		if spec.Protocol == UDP || spec.Protocol == TLS {
 			r.problem("protocol_unsupported", "listener "+spec.Name, spec.Origin, fmt.Sprintf("protocol %s is not served yet", spec.Protocol), "use http, https or tcp")
@@ -25,10 +25,10 @@ func (r *resolver) run() {
 		}
 		l := &Listener{Spec: spec}
 		r.listeners[spec.Name] = l
-		r.s.Listeners = append(r.s.Listeners, l)
+		r.Listeners = append(r.Listeners, l)
 	}
-	slices.SortFunc(r.s.Listeners, func(a, b *Listener) int { return strings.Compare(a.Spec.Name, b.Spec.Name) })
-	for _, l := range r.s.Listeners {
+	slices.SortFunc(r.Listeners, func(a, b *Listener) int { return strings.Compare(a.Spec.Name, b.Spec.Name) })
+	for _, l := range r.Listeners {
 		if from := r.listeners[l.Spec.RedirectFrom]; from != nil {
 			from.RedirectsTo = l
 		}
@@ -36,12 +36,13 @@ func (r *resolver) run() {
 	for _, spec := range r.s.Config.Routes {
 		r.route(spec)
 	}
-	for _, l := range r.s.Listeners {
-		sortRoutes(r.s.Routes[l.Spec.Name])
+	for _, l := range r.Listeners {
+		sortRoutes(r.Routes[l.Spec.Name])
 	}
-	for _, routes := range r.s.Mesh {
+	for _, routes := range r.Mesh {
 		sortRoutes(routes)
 	}
+	return r.Routing
 }
 
 func (r *resolver) problem(code, object, place, message, fix string) {
@@ -63,12 +64,12 @@ func (r *resolver) route(spec *RouteSpec) {
 	}
 	if len(spec.Listeners) == 0 {
 		key := spec.To[0].Service
-		if r.s.Services[key] == nil {
+		if r.s.Services.Get(key) == nil {
 			return // destination has said so
 		}
 		route := base
 		route.Listener = key.String()
-		r.s.Mesh[key] = append(r.s.Mesh[key], &route)
+		r.Mesh[key] = append(r.Mesh[key], &route)
 		return
 	}
 	for _, name := range spec.Listeners {
@@ -86,7 +87,7 @@ func (r *resolver) route(spec *RouteSpec) {
 			}
 			l.Target = &route
 		}
-		r.s.Routes[name] = append(r.s.Routes[name], &route)
+		r.Routes[name] = append(r.Routes[name], &route)
 	}
 }
 
@@ -94,7 +95,7 @@ func (r *resolver) route(spec *RouteSpec) {
 // Problem and an empty cluster: requests get a clear 503, not another route.
 func (r *resolver) destination(spec *RouteSpec, t Target) (Destination, bool) {
 	object := "route " + spec.Name
-	svc := r.s.Services[t.Service]
+	svc := r.s.Services.Get(t.Service)
 	if svc == nil {
 		r.problem("route_unknown_service", object, spec.Origin, fmt.Sprintf("goes to service %s, which does not exist; its share is answered with 503", t.Service),
 			fmt.Sprintf("declare the service, register an instance of it, or run `roost service create %s --port PORT`", t.Service))

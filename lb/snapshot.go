@@ -16,16 +16,27 @@ type Snapshot struct {
 	Config  *Config
 	Catalog *discovery.Catalog
 
-	Services  map[Key]*Service
+	Services  Table[Key, *Service]
 	Order     []*Service // by key
 	ByAddress map[netip.Addr]*Service
+	*Routing
+	Callers  *Callers  // who a source address is on each node
+	Problems []Problem // ordered by severity, code, object
+
+	found      []Problem // all Problems but those that others have added
+	undeclared []Problem // of instances without a service
+	drains     map[Key]map[string]Drain
+}
+
+// Routing is what the declared routes and public listeners come to. It keeps its
+// pointer from one Snapshot to the next while all of it is the same, and what is
+// the same of it keeps its own.
+type Routing struct {
 	Listeners []*Listener         // public ones, by name
 	Routes    map[string][]*Route // by listener name, in match order
 	Mesh      map[Key][]*Route    // declared routes on a service's own address, in match order
-	Callers   *Callers            // who a source address is on each node
-	Problems  []Problem           // ordered by severity, code, object
 
-	routeProblems []Problem // of Listeners and Routes, reused with them
+	problems []Problem
 }
 
 // Service is one service: it exists with or without instances. Unchanged

@@ -26,6 +26,7 @@ type fakeWorld struct {
 func (w fakeWorld) Version() uint64                  { return w.version }
 func (w fakeWorld) View(envoy.Proxy) envoy.View      { return w }
 func (w fakeWorld) Get(n envoy.Name) *envoy.Resource { return w.resources[n] }
+func (w fakeWorld) Limited() bool                    { return false }
 func (w fakeWorld) All(t envoy.Type) iter.Seq[*envoy.Resource] {
 	return func(yield func(*envoy.Resource) bool) {
 		for _, n := range slices.SortedFunc(maps.Keys(w.resources), func(a, b envoy.Name) int { return strings.Compare(a.Name, b.Name) }) {

@@ -284,6 +284,7 @@ func versionOf(r *envoy.Resource) string {
 type nothing struct{}
 
 func (nothing) Get(envoy.Name) *envoy.Resource           { return nil }
+func (nothing) Limited() bool                            { return false }
 func (nothing) All(envoy.Type) iter.Seq[*envoy.Resource] { return func(func(*envoy.Resource) bool) {} }
 
 func envoyVersion(n *corev3.Node) string {

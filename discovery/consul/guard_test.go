@@ -55,7 +55,7 @@ func (f *fleet) counts(what string, live, held int) {
 }
 
 func count(c *discovery.Catalog) (live, held int) {
-	for _, g := range c.Groups {
+	for _, g := range c.Groups.All() {
 		for _, i := range g.Instances {
 			switch {
 			case i.Held:

@@ -204,7 +204,7 @@ func TestAnotherConsul(t *testing.T) {
 	first.have("it is followed", a+"?", "globex/shop/c 10.0.0.4:80 passing w1")
 	d.lead(first.agent.HTTPAddr)
 	first.until("the first is back", func(c *discovery.Catalog) string {
-		for _, g := range c.Groups {
+		for _, g := range c.Groups.All() {
 			for _, i := range g.Instances {
 				if i.ID == "a" && !i.Stale {
 					return ""
@@ -265,7 +265,7 @@ func TestManyOverHTTP1(t *testing.T) {
 		t.Helper()
 		w.until(what, func(c *discovery.Catalog) string {
 			n := 0
-			for _, g := range c.Groups {
+			for _, g := range c.Groups.All() {
 				if g.Instances[0].Health == want {
 					n++
 				}

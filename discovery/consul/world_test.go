@@ -123,7 +123,7 @@ func (w *world) have(what string, want ...string) {
 	w.t.Helper()
 	w.until(what, func(c *discovery.Catalog) string {
 		var got []string
-		for _, g := range c.Groups {
+		for _, g := range c.Groups.All() {
 			for _, i := range g.Instances {
 				text := fmt.Sprintf("%s %s:%d %s w%d", i.Name(), i.Address, i.Ports[0].Number, i.Health, i.Weight)
 				if i.Stale {
@@ -323,8 +323,8 @@ func (w *world) many(n int) {
 		w.one(i, 80)
 	}
 	w.until("all instances", func(c *discovery.Catalog) string {
-		if len(c.Groups) != n {
-			return fmt.Sprintf("%d services", len(c.Groups))
+		if c.Groups.Len() != n {
+			return fmt.Sprintf("%d services", c.Groups.Len())
 		}
 		return ""
 	})
@@ -341,7 +341,7 @@ func (w *world) moved(i, port int) {
 	w.t.Helper()
 	key := discovery.Key{Tenant: "acme", Service: fmt.Sprintf("s%d", i)}
 	w.until(fmt.Sprintf("%s moves to %d", key, port), func(c *discovery.Catalog) string {
-		if g := c.Groups[key]; g == nil || len(g.Instances) != 1 || g.Instances[0].Ports[0].Number != uint16(port) {
+		if g := c.Groups.Get(key); g == nil || len(g.Instances) != 1 || g.Instances[0].Ports[0].Number != uint16(port) {
 			return fmt.Sprintf("%+v", g)
 		}
 		return ""

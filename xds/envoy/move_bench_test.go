@@ -2,7 +2,6 @@ package envoy
 
 import (
 	"fmt"
-	"maps"
 	"net/netip"
 	"testing"
 
@@ -31,7 +30,7 @@ func BenchmarkMove(b *testing.B) {
 		}
 	}
 	catalog := discovery.NewCatalog(list)
-	in := lb.Input{Config: c, Catalog: catalog, Services: specs, Addresses: addresses}
+	in := lb.Input{Config: c, Catalog: catalog, Services: specs, Addresses: addresses, Same: true}
 	snapshot := lb.Build(nil, in)
 	world := Translate(nil, snapshot, nil)
 	moved := lb.Key{Tenant: "acme", Service: "s00077"}
@@ -41,14 +40,15 @@ func BenchmarkMove(b *testing.B) {
 		for i := 1; i < each; i++ {
 			instances = append(instances, at(77, i))
 		}
-		groups = append(groups, discovery.NewCatalog(instances).Groups[moved])
+		groups = append(groups, discovery.NewCatalog(instances).Groups.Get(moved))
 	}
 	b.ReportAllocs()
 	b.ResetTimer()
 	for i := range b.N {
 		next := *catalog
-		next.Groups = maps.Clone(catalog.Groups)
-		next.Groups[moved] = groups[i%2]
+		edit := catalog.Groups.Edit()
+		edit.Set(moved, groups[i%2])
+		next.Groups = edit.Table()
 		in.Catalog = &next
 		built := lb.Build(snapshot, in)
 		after := Translate(world, built, nil)

@@ -94,15 +94,19 @@ type View interface {
 	Get(n Name) *Resource
 	// All lists the resources of a wildcard type, ordered by name.
 	All(t Type) iter.Seq[*Resource]
+	// Limited says that listeners are left out for want of file descriptors:
+	// which ones depends on all of them.
+	Limited() bool
 }
 
 // Change names what differs between two Worlds.
 type Change struct {
-	// Names are the resources that were added, changed or removed, by name;
-	// proxies whose view has none of them before or after need not look.
+	// Names are the resources that were added, changed or removed, or that other
+	// proxies may hold than before, by type and name; proxies whose view has none
+	// of them before or after need not look.
 	Names []Name
-	// Views says that who may see what has changed, so that every proxy
-	// compares its whole view.
+	// Views says that more may have changed than there are Names for, so that
+	// every proxy compares its whole view.
 	Views bool
 	// Nodes are the hosts on which instances came or went: a node proxy on one
 	// of them compares its whole view, other proxies need not.

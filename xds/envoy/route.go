@@ -103,7 +103,7 @@ func reasonsOf(s *lb.Snapshot, routes []*lb.Route) []string {
 	for _, r := range routes {
 		empty := true
 		for _, d := range r.To {
-			svc := s.Services[d.Service]
+			svc := s.Services.Get(d.Service)
 			empty = empty && (d.Weight == 0 || svc == nil || !slices.ContainsFunc(svc.Endpoints, func(e *lb.Endpoint) bool {
 				return d.Version == "" || e.Instance.Version == d.Version
 			}))

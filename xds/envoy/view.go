@@ -34,11 +34,7 @@ type view struct {
 
 // atMost is cheap to know and no less than the view's number of listeners.
 func (v *view) atMost() int {
-	n := len(v.world.public) + 1
-	for _, s := range v.world.order {
-		n += len(s.service.Ports)
-	}
-	return n
+	return len(v.world.public) + 1 + v.world.ports
 }
 
 // cut lists the listeners beyond the first limit ones by name; the capture
@@ -57,6 +53,9 @@ func (v *view) cut(limit int) map[string]bool {
 	return out
 }
 
+// Limited says that the proxy is given fewer listeners than it should have.
+func (v *view) Limited() bool { return v.beyond != nil }
+
 func (v *view) sees(s *serviceSet) bool { return v.sight.Sees(s.service) }
 
 // holds tells whether the proxy holds the service's clusters.
@@ -65,7 +64,7 @@ func (v *view) holds(s *serviceSet) bool {
 		return true
 	}
 	return slices.ContainsFunc(v.world.via[s.service.Key], func(k lb.Key) bool {
-		from := v.world.services[k]
+		from := v.world.services.Get(k)
 		return from != nil && v.sees(from)
 	})
 }
@@ -103,7 +102,7 @@ func (v *view) Get(n Name) *Resource {
 		}
 		return nil
 	}
-	if s := v.world.services[serviceOf(n.Name)]; s != nil {
+	if s := v.world.services.Get(serviceOf(n.Name)); s != nil {
 		return v.ofService(s, n)
 	}
 	return v.ofPublic(n)
@@ -112,13 +111,8 @@ func (v *view) Get(n Name) *Resource {
 // knowsRule keeps what a proxy may ask for to rules that services have: a name
 // costs memory.
 func (v *view) knowsRule(name string) bool {
-	tenant, _, http, ok := parseCallers(name)
-	if !ok {
-		return false
-	}
-	return slices.ContainsFunc(v.world.order, func(s *serviceSet) bool {
-		return s.service.Key.Tenant == tenant && v.sees(s) && callersName(s.service, http) == name
-	})
+	s := v.world.rules[name]
+	return s != nil && v.sight.Sees(s)
 }
 
 // serviceOf reads the service from a resource's name: SERVICE.TENANT:...

@@ -11,6 +11,7 @@ package envoy
 import (
 	"cmp"
 	"iter"
+	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -22,12 +23,16 @@ import (
 // Translation is the World of one Snapshot.
 type Translation struct {
 	snapshot *lb.Snapshot
-	services map[lb.Key]*serviceSet
+	services lb.Table[lb.Key, *serviceSet]
 	order    []*serviceSet // by the names of their resources
+	ports    int           // of all services
 	public   map[string]*publicSet
 	// via lists the services whose mesh routes lead to a service: who sees one
 	// of them holds its clusters, too.
-	via     map[lb.Key][]lb.Key
+	via map[lb.Key][]lb.Key
+	// rules has one service for each rule that admits callers. All services of a
+	// rule have the same tenant and the same grants.
+	rules   map[string]*lb.Service
 	callers *callersCache
 }
 
@@ -72,49 +77,106 @@ type callersCache struct {
 type callersKey struct{ node, rule string }
 
 // Translate makes the World of s. What prev, which may be nil, has of it
-// already is shared.
+// already is shared: only services that s has built anew are looked at, and those
+// whose routes lead to one of them.
 func Translate(prev *Translation, s *lb.Snapshot, pairs certs.Pairs) *Translation {
-	t := &Translation{snapshot: s, services: make(map[lb.Key]*serviceSet, len(s.Order)), public: map[string]*publicSet{}, via: map[lb.Key][]lb.Key{}}
-	sameConfig := prev != nil && prev.snapshot.Config == s.Config
-	known := true
-	for _, svc := range s.Order {
-		var before *serviceSet
-		if prev != nil {
-			before = prev.services[svc.Key]
-		}
-		set := newServiceSet(before, sameConfig, s, svc)
-		t.services[svc.Key] = set
-		known = known && before != nil
+	t := &Translation{snapshot: s, public: map[string]*publicSet{}}
+	from := prev
+	if prev == nil || prev.snapshot.Config != s.Config {
+		from = nil
 	}
-	t.arrange(prev, known && prev != nil && len(prev.services) == len(t.services))
+	if from != nil && from.snapshot.Routing == s.Routing {
+		t.via = from.via
+	} else {
+		t.via = viaOf(s)
+	}
+	t.translate(prev, from)
 	for _, l := range s.Listeners {
 		t.public[l.Spec.Name] = newPublicSet(prev, s, l, secretsOf(l, pairs))
-	}
-	for key, routes := range s.Mesh {
-		for _, r := range routes {
-			for _, d := range r.To {
-				if d.Service != key && !slices.Contains(t.via[d.Service], key) {
-					t.via[d.Service] = append(t.via[d.Service], key)
-				}
-			}
-		}
 	}
 	t.callers = newCallersCache(prev, s.Callers)
 	return t
 }
 
-// arrange puts the services in the order of their resources' names; same says
-// that it is the order of prev.
-func (t *Translation) arrange(prev *Translation, same bool) {
-	t.order = make([]*serviceSet, 0, len(t.services))
-	if same {
-		for _, before := range prev.order {
-			t.order = append(t.order, t.services[before.service.Key])
+// viaOf turns the mesh routes round.
+func viaOf(s *lb.Snapshot) map[lb.Key][]lb.Key {
+	via := map[lb.Key][]lb.Key{}
+	for key, routes := range s.Mesh {
+		for _, r := range routes {
+			for _, d := range r.To {
+				if d.Service != key && !slices.Contains(via[d.Service], key) {
+					via[d.Service] = append(via[d.Service], key)
+				}
+			}
+		}
+	}
+	return via
+}
+
+// translate makes the sets of the services. from is prev where its Config is the
+// same.
+func (t *Translation) translate(prev, from *Translation) {
+	var before lb.Table[lb.Key, *serviceSet]
+	if prev != nil {
+		before = prev.services
+	}
+	services := before.Edit()
+	specs := from == nil
+	look := func(key lb.Key) {
+		svc, was := t.snapshot.Services.Get(key), before.Get(key)
+		specs = specs || svc == nil || was == nil || was.service.Spec != svc.Spec
+		if svc == nil {
+			services.Delete(key)
+			return
+		}
+		services.Set(key, newServiceSet(was, from != nil, t.snapshot, svc))
+	}
+	switch {
+	case from == nil:
+		for key := range t.snapshot.Services.Keys() {
+			look(key)
+		}
+		for key := range before.Keys() {
+			look(key)
+		}
+	default:
+		for key := range t.snapshot.Services.Differs(from.snapshot.Services) {
+			look(key)
+			for _, k := range t.via[key] {
+				look(k)
+			}
+		}
+		if from.snapshot.Routing != t.snapshot.Routing {
+			for key := range before.Keys() {
+				look(key)
+			}
+		}
+	}
+	t.services = services.Table()
+	t.arrange(from, specs)
+}
+
+// arrange keeps what is derived from all services. specs says that services have
+// come or gone or have another spec than in from.
+func (t *Translation) arrange(from *Translation, specs bool) {
+	if !specs {
+		t.rules, t.ports = from.rules, from.ports
+		t.order = slices.Clone(from.order)
+		for key := range t.services.Differs(from.services) {
+			set := t.services.Get(key)
+			at, _ := slices.BinarySearchFunc(t.order, set.prefix, func(s *serviceSet, prefix string) int { return strings.Compare(s.prefix, prefix) })
+			t.order[at] = set
 		}
 		return
 	}
-	for _, set := range t.services {
+	t.rules = map[string]*lb.Service{}
+	t.order = make([]*serviceSet, 0, t.services.Len())
+	for _, set := range t.services.All() {
 		t.order = append(t.order, set)
+		t.ports += len(set.service.Ports)
+		for _, http := range []bool{false, true} {
+			t.rules[callersName(set.service, http)] = set.service
+		}
 	}
 	slices.SortFunc(t.order, func(a, b *serviceSet) int { return strings.Compare(a.prefix, b.prefix) })
 }
@@ -264,49 +326,130 @@ func (t *Translation) Snapshot() *lb.Snapshot { return t.snapshot }
 
 // Since says what differs from prev; nil is a World with nothing in it.
 func (t *Translation) Since(prev *Translation) Change {
-	if prev == nil {
+	if prev == nil || prev.snapshot.Config != t.snapshot.Config {
 		return Change{Views: true}
 	}
 	var c Change
 	c.Nodes, c.Views = t.snapshot.Callers.ChangedNodes(prev.snapshot.Callers)
-	c.Views = c.Views || len(t.services) != len(prev.services) || len(t.public) != len(prev.public)
-	for key, set := range t.services {
-		before := prev.services[key]
-		switch {
-		case before == set:
-		case before == nil || before.shapes != set.shapes || !slices.Equal(before.clusters, set.clusters) || !slices.Equal(before.mesh, set.mesh):
-			c.Views = true
-		default:
-			c.Names = append(c.Names, set.changed(before)...)
-		}
+	if c.Views {
+		return c
+	}
+	d := differences{now: t, before: prev, names: map[Name]bool{}}
+	for key := range t.services.Differs(prev.services) {
+		d.service(t.services.Get(key), prev.services.Get(key))
 	}
 	for name, set := range t.public {
-		before := prev.public[name]
-		switch {
-		case before == set:
-		case before != nil && before.listener == set.listener && slices.Equal(before.routes, set.routes) && slices.Equal(before.secrets, set.secrets):
-			c.Names = append(c.Names, Name{Route, name}) // only its reasons have
-		default:
-			c.Views = true
+		d.listener(set, prev.public[name])
+	}
+	for name, set := range prev.public {
+		if t.public[name] == nil {
+			d.listener(nil, set)
 		}
 	}
+	c.Names = slices.SortedFunc(maps.Keys(d.names), func(a, b Name) int {
+		return cmp.Or(cmp.Compare(a.Type, b.Type), strings.Compare(a.Name, b.Name))
+	})
 	return c
 }
 
-// changed names what instances that came, went or moved have changed.
-func (s *serviceSet) changed(before *serviceSet) []Name {
-	var out []Name
-	for i, r := range s.endpoints {
-		if i >= len(before.endpoints) || before.endpoints[i].Version != r.Version {
-			out = append(out, r.Name)
+// differences collects the names of what differs between two Worlds.
+type differences struct {
+	now, before *Translation
+	names       map[Name]bool
+}
+
+// service compares what there is of one service; either may be nil.
+func (d *differences) service(now, before *serviceSet) {
+	switch {
+	case now == nil || before == nil, now.shapes != before.shapes, !sameGrants(now.service, before.service), !slices.Equal(now.mesh, before.mesh):
+		// Another view may have it, and what its routes lead to.
+		for _, s := range []*serviceSet{now, before} {
+			if s != nil {
+				d.all(s)
+				d.destinations(s.mesh)
+			}
+		}
+		return
+	}
+	d.resources(now.clusters, before.clusters)
+	d.resources(now.endpoints, before.endpoints)
+	if now.routes != before.routes {
+		d.routes(now)
+	}
+}
+
+func sameGrants(a, b *lb.Service) bool { return slices.Equal(a.Spec.Allow, b.Spec.Allow) }
+
+// resources names those of which only one of the two has this version.
+func (d *differences) resources(now, before []*Resource) {
+	for i, r := range now {
+		if i >= len(before) || before[i].Name != r.Name || before[i].Version != r.Version {
+			d.names[r.Name] = true
+			if i < len(before) {
+				d.names[before[i].Name] = true
+			}
 		}
 	}
-	if s.routes != before.routes {
-		for i := range s.service.Ports {
-			out = append(out, Name{Route, lb.RouteNameOf(s.service.Key, s.service.Ports[i].Port)})
+	for _, r := range before[min(len(now), len(before)):] {
+		d.names[r.Name] = true
+	}
+}
+
+// all names every resource that a service may have.
+func (d *differences) all(s *serviceSet) {
+	for _, list := range [][]*Resource{s.clusters, s.endpoints} {
+		for _, r := range list {
+			d.names[r.Name] = true
 		}
 	}
-	return out
+	for i := range s.service.Ports {
+		name := lb.RouteNameOf(s.service.Key, s.service.Ports[i].Port)
+		d.names[Name{Listener, name}] = true
+		d.names[Name{Listener, name + DedicatedSuffix}] = true
+	}
+	for _, http := range []bool{false, true} {
+		d.names[Name{Extension, callersName(s.service, http)}] = true
+	}
+	d.routes(s)
+}
+
+func (d *differences) routes(s *serviceSet) {
+	for i := range s.service.Ports {
+		d.names[Name{Route, lb.RouteNameOf(s.service.Key, s.service.Ports[i].Port)}] = true
+	}
+}
+
+// destinations names the clusters that routes lead to.
+func (d *differences) destinations(routes []*lb.Route) {
+	for _, r := range routes {
+		for _, to := range r.To {
+			for _, t := range []*Translation{d.now, d.before} {
+				if s := t.services.Get(to.Service); s != nil {
+					d.all(s)
+				}
+			}
+		}
+	}
+}
+
+// listener compares what there is of one public listener; either may be nil.
+func (d *differences) listener(now, before *publicSet) {
+	if now == before {
+		return
+	}
+	for _, p := range []*publicSet{now, before} {
+		if p == nil {
+			continue
+		}
+		d.names[Name{Listener, p.listener.Spec.Name}] = true
+		d.names[Name{Route, p.listener.Spec.Name}] = true
+		for _, s := range p.secrets {
+			d.names[Name{Secret, s.name}] = true
+		}
+		if now == nil || before == nil || now.listener != before.listener || !slices.Equal(now.routes, before.routes) {
+			d.destinations(p.routes)
+		}
+	}
 }
 
 // Everything lists all that a proxy of this identity ends up with: clusters,

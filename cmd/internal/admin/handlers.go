@@ -150,10 +150,10 @@ func (a *api) services(_ context.Context, f *Filter) (*body[List[Service]], erro
 func (a *api) instances(_ context.Context, f *Filter) (*body[List[Instance]], error) {
 	s := a.d.Snapshot()
 	var items []Instance
-	for _, key := range slices.SortedFunc(maps.Keys(s.Catalog.Groups), lb.Key.Compare) {
+	for _, key := range slices.SortedFunc(s.Catalog.Groups.Keys(), lb.Key.Compare) {
 		if f.takes(key) {
-			for _, i := range s.Catalog.Groups[key].Instances {
-				items = append(items, instanceOf(i, s.Services[key]))
+			for _, i := range s.Catalog.Groups.Get(key).Instances {
+				items = append(items, instanceOf(i, s.Services.Get(key)))
 			}
 		}
 	}

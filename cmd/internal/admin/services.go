@@ -48,7 +48,7 @@ type serviceOutput struct {
 }
 
 func (a *api) service(ctx context.Context, id *ServiceID) (*serviceOutput, error) {
-	s := a.d.Snapshot().Services[id.key()]
+	s := a.d.Snapshot().Services.Get(id.key())
 	if s == nil {
 		return nil, huma.Error404NotFound("there is no service " + id.key().String())
 	}
@@ -86,7 +86,7 @@ func (a *api) putService(ctx context.Context, in *putInput) (*serviceOutput, err
 	if created {
 		out.Status = http.StatusCreated
 	}
-	s := a.d.Snapshot().Services[in.key()]
+	s := a.d.Snapshot().Services.Get(in.key())
 	if s == nil {
 		return nil, huma.Error500InternalServerError("the service is gone again")
 	}

@@ -65,7 +65,7 @@ func (d *Memory) Between(prev, next *lb.Snapshot) []events.Event {
 		return nil // what was there before the start is no change
 	}
 	for _, s := range next.Order {
-		before := prev.Services[s.Key]
+		before := prev.Services.Get(s.Key)
 		switch before {
 		case s:
 		case nil:
@@ -79,7 +79,7 @@ func (d *Memory) Between(prev, next *lb.Snapshot) []events.Event {
 		}
 	}
 	for _, s := range prev.Order {
-		if next.Services[s.Key] == nil {
+		if next.Services.Get(s.Key) == nil {
 			out = append(out, events.Change(events.ServiceDeleted, s.Key.Tenant, s.Key.Service, "", s.Domain+" was "+s.Address.String(), time.Time{}, 0))
 		}
 	}

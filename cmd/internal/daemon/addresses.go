@@ -39,7 +39,7 @@ func (r *reconciler) commit(ctx context.Context) ([]events.Event, error) {
 		return nil
 	})
 	if err != nil {
-		r.groups = nil // what sources show is looked at again
+		r.groups = lb.Table[lb.Key, *discovery.Group]{} // what sources show is looked at again
 		r.objects = r.parse(r.d.ledger.Objects())
 		r.specs = r.services(r.objects)
 		r.ledgerFailed(err)

@@ -56,15 +56,23 @@ func putAnswers(tx *ledger.Tx, ttl time.Duration) {
 
 // model is what a Snapshot is built by: while a long TTL cannot be written down,
 // answers have the longest one that needs no more.
+// It keeps its pointer while it is the same.
 func (r *reconciler) model() *lb.Config {
 	kept := r.keptAnswers()
 	if r.longAnswers() <= kept {
 		return r.config.Model
 	}
-	model := *r.config.Model
-	model.TTL = max(kept, r.config.Quarantine-ttlMargin, 0)
-	return &model
+	ttl := max(kept, r.config.Quarantine-ttlMargin, 0)
+	if r.shortened.of != r.config.Model || r.shortened.model.TTL != ttl {
+		model := *r.config.Model
+		model.TTL = ttl
+		r.shortened = shortened{of: r.config.Model, model: &model}
+	}
+	return r.shortened.model
 }
+
+// shortened is a config whose answers live for less long than its file says.
+type shortened struct{ of, model *lb.Config }
 
 // forgetAnswers stages the end of a TTL that has been out of use for so long that
 // no answer with it is left, and says whether it has.

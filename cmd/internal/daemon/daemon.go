@@ -277,7 +277,7 @@ func (d *Daemon) admit(id lb.Identity) (lb.Identity, error) {
 		return id, nil
 	}
 	s := d.snapshot.Load()
-	svc := s.Services[lb.Key{Tenant: id.Tenant, Service: id.Service}]
+	svc := s.Services.Get(lb.Key{Tenant: id.Tenant, Service: id.Service})
 	if svc == nil {
 		return id, nil
 	}

@@ -119,7 +119,7 @@ func find(c *discovery.Catalog, name string) *discovery.Instance {
 	if len(parts) < 3 {
 		return nil
 	}
-	g := c.Groups[lb.Key{Tenant: parts[0], Service: parts[1]}]
+	g := c.Groups.Get(lb.Key{Tenant: parts[0], Service: parts[1]})
 	if g == nil {
 		return nil
 	}
@@ -331,7 +331,7 @@ func Instance(c *discovery.Catalog, name string) (*discovery.Instance, error) {
 		return i, nil
 	}
 	var found []*discovery.Instance
-	for _, g := range c.Groups {
+	for _, g := range c.Groups.All() {
 		for _, i := range g.Instances {
 			if name == i.Name() || name == i.ID || name == i.ID+"@"+i.Node {
 				found = append(found, i)
@@ -367,7 +367,7 @@ func (d *Daemon) Drain(ctx context.Context, name string, timeout time.Duration) 
 		}
 		full = i.QualifiedName()
 		limit := timeout
-		if svc := d.snapshot.Load().Services[i.Key]; limit == 0 && svc != nil {
+		if svc := d.snapshot.Load().Services.Get(i.Key); limit == 0 && svc != nil {
 			limit = svc.Spec.DrainTime()
 		}
 		data, err := json.Marshal(drainWish{limit.Seconds(), changes.Place(i), phaseDraining})

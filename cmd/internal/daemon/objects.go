@@ -112,8 +112,9 @@ func (r *reconciler) record(catalog *discovery.Catalog) []events.Event {
 	var told []events.Event
 	seen := r.groups
 	r.groups = catalog.Groups
-	for key, group := range catalog.Groups {
-		if seen[key] == group || r.declared[key] != nil {
+	for key := range catalog.Groups.Differs(seen) {
+		group := catalog.Groups.Get(key)
+		if group == nil || r.declared[key] != nil {
 			continue
 		}
 		old := r.object(key)
@@ -350,7 +351,7 @@ func (d *Daemon) DeleteService(ctx context.Context, key lb.Key, condition Condit
 		if err := condition.fulfilled(old); err != nil {
 			return err
 		}
-		if g := r.catalog().Groups[key]; g != nil {
+		if g := r.catalog().Groups.Get(key); g != nil {
 			return fmt.Errorf("%w: %s; deregister its %d instances first", ErrAnnounced, g.Instances[0].Origin, len(g.Instances))
 		}
 		lost = r.guard(condition, owner, old, func(tx *ledger.Tx) { tx.DeleteObject(owner) })

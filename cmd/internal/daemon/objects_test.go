@@ -38,12 +38,12 @@ func TestConditionsWithinABatch(t *testing.T) {
 	batch(t, d, put("80", Condition{None: true}), nil, put("81", Condition{None: true}), ErrChanged)
 	read := Condition{Match: []string{tag}}
 	batch(t, d, put("82", read), nil, put("83", read), ErrChanged)
-	if got := d.Snapshot().Services[key].Ports[0].Port; got != 82 || tag != d.rec.objects[key].etag() {
+	if got := d.Snapshot().Services.Get(key).Ports[0].Port; got != 82 || tag != d.rec.objects[key].etag() {
 		t.Errorf("port %d, tag %s", got, tag)
 	}
 	batch(t, d, remove, nil, remove, ErrUnknownService)
 	batch(t, d, put("84", Condition{None: true}), nil, remove, nil)
-	if s := d.Snapshot().Services[key]; s != nil {
+	if s := d.Snapshot().Services.Get(key); s != nil {
 		t.Errorf("it is there: %+v", s)
 	}
 }

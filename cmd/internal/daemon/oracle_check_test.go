@@ -262,7 +262,7 @@ func (w *world) count(records []ledger.Record) {
 func (w *world) checkExistence(s *lb.Snapshot) {
 	for _, key := range oracleKeys {
 		_, declared := w.model.declared[key]
-		if exists := s.Services[key] != nil; exists != (declared || w.model.recorded[key]) {
+		if exists := s.Services.Get(key) != nil; exists != (declared || w.model.recorded[key]) {
 			w.t.Fatalf("service %s exists: %v; declared %v, recorded %v", key, exists, declared, w.model.recorded[key])
 		}
 	}
@@ -271,7 +271,7 @@ func (w *world) checkExistence(s *lb.Snapshot) {
 // checkConstancy: what a service has once it keeps.
 func (w *world) checkConstancy(s *lb.Snapshot) {
 	for _, key := range oracleKeys {
-		svc := s.Services[key]
+		svc := s.Services.Get(key)
 		if svc == nil {
 			delete(w.model.since, key)
 			continue

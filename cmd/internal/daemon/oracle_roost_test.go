@@ -285,7 +285,7 @@ func (w *world) reload() {
 func (w *world) collect() {
 	switch {
 	case !w.known:
-		w.catalog = &discovery.Catalog{Groups: map[lb.Key]*discovery.Group{}}
+		w.catalog = &discovery.Catalog{}
 	case w.wiped:
 		w.catalog = discovery.NewCatalog(nil)
 	default:
@@ -301,7 +301,7 @@ func (w *world) build() {
 func (w *world) built(err error) {
 	w.seen.builds++
 	if err == nil {
-		for key, group := range w.catalog.Groups {
+		for key, group := range w.catalog.Groups.All() {
 			wants := slices.ContainsFunc(group.Instances, func(i *discovery.Instance) bool { return i.Wants != nil })
 			if _, declared := w.model.declared[key]; !declared && wants {
 				w.model.recorded[key] = true

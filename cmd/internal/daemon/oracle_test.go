@@ -402,7 +402,7 @@ func (w *world) doAsk() {
 	}
 	key := rapid.SampledFrom(s.Order).Draw(w.chance, "asked").Key
 	if rapid.IntRange(0, 3).Draw(w.chance, "API") == 0 {
-		svc := s.Services[key]
+		svc := s.Services.Get(key)
 		for _, a := range []netip.Addr{svc.Address, svc.Address6, svc.Dedicated} {
 			w.tell(key, a, s.Config.TTL)
 		}

@@ -48,7 +48,8 @@ type reconciler struct {
 	dirty     bool
 	specs     []*lb.ServiceSpec
 	addressed map[lb.Key]lb.Addresses
-	groups    map[lb.Key]*discovery.Group // that record has looked at
+	groups    lb.Table[lb.Key, *discovery.Group] // that record has looked at
+	built     bool                               // a Snapshot was made of specs and addressed
 	// staged is what commands and sources want written down by the next build.
 	staged       []func(*ledger.Tx)
 	stagedEvents []events.Event // of what is staged, told when it is written down
@@ -61,6 +62,7 @@ type reconciler struct {
 	quarantine *quarantine
 	drains     *drains
 	shorter    time.Time             // when the config in force came, whose TTL may be shorter than the one before
+	shortened  shortened             // the last one that model has made
 	released   map[string]releasedAt // marks of the mass-loss guard that were acted on, by source
 	served     bool                  // the first World has been published
 	warned     bool                  // a ledger that cannot be written has been logged
@@ -170,7 +172,7 @@ func hostAddresses(c *lb.Config) []netip.Addr {
 }
 
 func (r *reconciler) setConfig(c *config.Config) {
-	r.config, r.dirty, r.groups, r.shorter = c, true, nil, r.now()
+	r.config, r.dirty, r.groups, r.shorter = c, true, lb.Table[lb.Key, *discovery.Group]{}, r.now()
 	r.patience = patience{} // what is declared counts at once
 	r.quarantine.configure(c.Quarantine, c.Model.TTL)
 	c.Model.DrainCheck = r.d.drainCheck(c)
@@ -214,14 +216,15 @@ func (r *reconciler) build(ctx context.Context) error {
 		} else {
 			changes = nil
 		}
-		r.addressed = r.addresses()
+		r.addressed, r.built = r.addresses(), false
 		r.quarantine.sync(r.d.ledger.Records())
 		r.publishFree()
 	}
 	marks := r.d.ledger.Marks()
 	r.releaseHeld(marks)
 	drains := r.drains.phases(catalog, marks)
-	snapshot := lb.Build(prev, lb.Input{Config: r.model(), Catalog: catalog, Services: r.specs, Addresses: r.addressed, HostAddresses: r.host, Drains: drains})
+	snapshot := lb.Build(prev, lb.Input{Config: r.model(), Catalog: catalog, Services: r.specs, Addresses: r.addressed, Same: r.built, HostAddresses: r.host, Drains: drains})
+	r.built = true
 	snapshot.AddProblems(r.problems)
 	r.d.snapshot.Store(snapshot)
 	r.d.publishClosing(snapshot)

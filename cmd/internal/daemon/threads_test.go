@@ -26,7 +26,7 @@ func (w *world) instance(key lb.Key, id string) discovery.Instance {
 
 // address is the internal one of a service.
 func (w *world) address(key lb.Key) netip.Addr {
-	if s := w.d.snapshot.Load().Services[key]; s != nil {
+	if s := w.d.snapshot.Load().Services.Get(key); s != nil {
 		return s.Address
 	}
 	return netip.Addr{}
