@@ -233,7 +233,7 @@ func (b *build) problems() {
 	for _, svc := range b.Order {
 		b.found = append(b.found, svc.Problems...)
 	}
-	b.found = append(b.found, b.Routing.problems...)
+	b.found = append(b.found, b.refused...)
 	b.found = append(b.found, b.Catalog.Problems...)
 	b.found = append(b.found, b.undeclared...)
 	if c := b.Config; len(c.Tenants) > 1 && !c.LoopbackSet {
@@ -246,7 +246,7 @@ func (b *build) problems() {
 }
 
 func (b *build) sameProblems() bool {
-	return b.prev != nil && slices.Equal(b.Routing.problems, b.prev.Routing.problems) && slices.Equal(b.Catalog.Problems, b.prev.Catalog.Problems) &&
+	return b.prev != nil && slices.Equal(b.refused, b.prev.refused) && slices.Equal(b.Catalog.Problems, b.prev.Catalog.Problems) &&
 		slices.Equal(b.undeclared, b.prev.undeclared) && !slices.ContainsFunc(b.moves, func(m move) bool {
 		return !slices.Equal(m.before.problemsOf(), m.after.problemsOf())
 	})
@@ -303,13 +303,13 @@ func (b *build) routes() {
 	r := resolver{s: b.Snapshot, listeners: map[string]*Listener{}}
 	b.Routing = r.run()
 	if b.prev != nil {
-		b.Routing = b.Routing.sharing(b.prev.Routing)
+		b.Routing = b.sharing(b.prev.Routing)
 	}
 }
 
 // sharing is r with what is the same in prev taken from there.
 func (r *Routing) sharing(prev *Routing) *Routing {
-	same := reflect.DeepEqual(r.Listeners, prev.Listeners) && slices.Equal(r.problems, prev.problems)
+	same := reflect.DeepEqual(r.Listeners, prev.Listeners) && slices.Equal(r.refused, prev.refused)
 	if same {
 		r.Listeners = prev.Listeners
 	}
@@ -358,5 +358,6 @@ func (s *Snapshot) AddProblems(more []Problem) {
 		}
 		out = append(out, p)
 	}
-	s.Problems = append(out, more...)
+	out = append(out, more...)
+	s.Problems = out
 }

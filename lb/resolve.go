@@ -46,7 +46,7 @@ func (r *resolver) run() *Routing {
 }
 
 func (r *resolver) problem(code, object, place, message, fix string) {
-	r.problems = append(r.problems, Problem{Code: code, Severity: discovery.SeverityError, Object: object, Place: place, Message: message, Fix: fix})
+	r.refused = append(r.refused, Problem{Code: code, Severity: discovery.SeverityError, Object: object, Place: place, Message: message, Fix: fix})
 }
 
 func (r *resolver) route(spec *RouteSpec) {

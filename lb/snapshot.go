@@ -36,7 +36,7 @@ type Routing struct {
 	Routes    map[string][]*Route // by listener name, in match order
 	Mesh      map[Key][]*Route    // declared routes on a service's own address, in match order
 
-	problems []Problem
+	refused []Problem // what of it cannot be served
 }
 
 // Service is one service: it exists with or without instances. Unchanged

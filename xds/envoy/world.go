@@ -131,15 +131,14 @@ func (t *Translation) translate(prev, from *Translation) {
 		}
 		services.Set(key, newServiceSet(was, from != nil, t.snapshot, svc))
 	}
-	switch {
-	case from == nil:
+	if from == nil {
 		for key := range t.snapshot.Services.Keys() {
 			look(key)
 		}
 		for key := range before.Keys() {
 			look(key)
 		}
-	default:
+	} else {
 		for key := range t.snapshot.Services.Differs(from.snapshot.Services) {
 			look(key)
 			for _, k := range t.via[key] {
