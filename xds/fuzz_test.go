@@ -397,7 +397,7 @@ func (m *envoyModel) unknownParent(n envoy.Name) bool {
 		if !mayRefer(t, n.Type) {
 			continue
 		}
-		for _, r := range m.s.types[t].held {
+		for _, r := range m.s.types[t].held.sorted {
 			if r.Body == nil {
 				return true
 			}

@@ -48,21 +48,21 @@ func (s *state) next() *response {
 func (s *state) answer(t envoy.Type) *response {
 	ts := &s.types[t]
 	b := batch{since: s.version}
-	for _, name := range slices.Sorted(maps.Keys(ts.answers)) {
+	for _, name := range slices.Sorted(maps.Keys(ts.answers.m)) {
 		r := s.sendable(t, name)
 		if r != nil && !b.add(r) {
 			break
 		}
-		b.owe(ts.answers[name])
-		delete(ts.answers, name)
+		b.owe(ts.answers.get(name))
+		ts.answers.del(name)
 		switch {
-		case r == nil && (ts.held[name] == nil || ts.last(name) == nil):
+		case r == nil && (ts.held.get(name) == nil || ts.last(name) == nil):
 			b.removed = append(b.removed, name)
 		case r == nil: // it keeps the version that we cannot repeat
 		case s.current(r):
-			b.owe(ts.dirty[name])
-			delete(ts.dirty, name)
-			delete(ts.again, name)
+			b.owe(ts.dirty.get(name))
+			ts.dirty.del(name)
+			ts.again.del(name)
 		}
 	}
 	if len(b.resources)+len(b.removed) == 0 {
@@ -82,7 +82,7 @@ func (s *state) sendable(t envoy.Type, name string) *envoy.Resource {
 	if last := ts.last(name); last != nil && last.Body != nil && !ts.refuses(last) {
 		return last
 	}
-	if held := ts.held[name]; held != nil && held.Body != nil && !ts.refuses(held) && r != nil {
+	if held := ts.held.get(name); held != nil && held.Body != nil && !ts.refuses(held) && r != nil {
 		return held
 	}
 	return nil
@@ -96,7 +96,7 @@ func (s *state) current(r *envoy.Resource) bool {
 
 // refuses says that this version was NACKed and is not to be sent.
 func (ts *typeState) refuses(r *envoy.Resource) bool {
-	f := ts.refused[r.Name.Name]
+	f := ts.refused.get(r.Name.Name)
 	return f != nil && f.version == r.Version && !f.retry
 }
 
@@ -105,7 +105,7 @@ func (ts *typeState) refuses(r *envoy.Resource) bool {
 // the type, or for what it refers to.
 func (s *state) push(t envoy.Type) (r *response, more bool) {
 	ts := &s.types[t]
-	if len(ts.dirty) == 0 && len(ts.suspects) == 0 && ts.owed == 0 {
+	if ts.dirty.len() == 0 && ts.suspects.len() == 0 && ts.owed == 0 {
 		return nil, false
 	}
 	if len(ts.out) == 0 {
@@ -114,7 +114,7 @@ func (s *state) push(t envoy.Type) (r *response, more bool) {
 		}
 	}
 	ready, blocked := s.due(t)
-	blocked = blocked || len(ts.suspects) > 0
+	blocked = blocked || ts.suspects.len() > 0
 	if len(ts.out) > 0 {
 		return nil, len(ready) > 0 || blocked || ts.owed > 0
 	}
@@ -132,9 +132,9 @@ func (s *state) push(t envoy.Type) (r *response, more bool) {
 		if !b.add(r) {
 			break
 		}
-		b.owe(ts.dirty[r.Name.Name])
-		delete(ts.dirty, r.Name.Name)
-		delete(ts.again, r.Name.Name)
+		b.owe(ts.dirty.get(r.Name.Name))
+		ts.dirty.del(r.Name.Name)
+		ts.again.del(r.Name.Name)
 	}
 	return s.send(t, &b), true
 }
@@ -144,12 +144,12 @@ func (s *state) push(t envoy.Type) (r *response, more bool) {
 // nothing; what has to be removed stays dirty.
 func (s *state) due(t envoy.Type) (ready []*envoy.Resource, blocked bool) {
 	ts := &s.types[t]
-	for name := range ts.dirty {
+	for name := range ts.dirty.m {
 		r, done := s.owes(t, name)
 		switch {
 		case done:
-			delete(ts.dirty, name)
-			delete(ts.again, name)
+			ts.dirty.del(name)
+			ts.again.del(name)
 		case r == nil:
 		case s.waits(r):
 			blocked = true
@@ -169,7 +169,7 @@ func (s *state) owes(t envoy.Type, name string) (r *envoy.Resource, done bool) {
 		return nil, true
 	}
 	last := ts.last(name)
-	_, forced := ts.again[name]
+	forced := ts.again.has(name)
 	r = s.view.Get(envoy.Name{Type: t, Name: name})
 	if r == nil {
 		return nil, last == nil
@@ -180,7 +180,7 @@ func (s *state) owes(t envoy.Type, name string) (r *envoy.Resource, done bool) {
 		}
 		return nil, true
 	}
-	if sus, ok := ts.suspects[name]; ok && sus.version == r.Version {
+	if sus, ok := ts.suspects.m[name]; ok && sus.version == r.Version {
 		return nil, !forced
 	}
 	if !forced && last != nil && last.Version == r.Version {
@@ -192,13 +192,13 @@ func (s *state) owes(t envoy.Type, name string) (r *envoy.Resource, done bool) {
 // isolate makes a response of one suspect alone.
 func (s *state) isolate(t envoy.Type) *response {
 	ts := &s.types[t]
-	for _, name := range slices.Sorted(maps.Keys(ts.suspects)) {
-		sus := ts.suspects[name]
+	for _, name := range slices.Sorted(maps.Keys(ts.suspects.m)) {
+		sus := ts.suspects.get(name)
 		r := s.view.Get(envoy.Name{Type: t, Name: name})
 		if r != nil && s.waits(r) {
 			continue
 		}
-		delete(ts.suspects, name)
+		ts.suspects.del(name)
 		if r == nil || r.Version != sus.version {
 			// The suspected version is no more: an ordinary change.
 			if s.wants(t, name) {
@@ -210,9 +210,9 @@ func (s *state) isolate(t envoy.Type) *response {
 		b := batch{since: s.version}
 		b.add(r)
 		b.owe(sus.since)
-		b.owe(ts.dirty[name])
-		delete(ts.dirty, name)
-		delete(ts.again, name)
+		b.owe(ts.dirty.get(name))
+		ts.dirty.del(name)
+		ts.again.del(name)
 		return s.send(t, &b)
 	}
 	return nil
@@ -220,8 +220,8 @@ func (s *state) isolate(t envoy.Type) *response {
 
 // owe marks a resource dirty since a version, or an earlier one if it was.
 func (ts *typeState) owe(name string, since uint64) {
-	if was, ok := ts.dirty[name]; !ok || was == 0 || since > 0 && since < was {
-		ts.dirty[name] = since
+	if was, ok := ts.dirty.m[name]; !ok || was == 0 || since > 0 && since < was {
+		ts.dirty.set(name, since)
 	}
 }
 
@@ -231,7 +231,7 @@ func (s *state) waits(r *envoy.Resource) bool {
 	if r.Type != envoy.Listener && r.Type != envoy.Route && r.Type != envoy.Extension {
 		return false
 	}
-	held := s.types[r.Type].held[r.Name.Name]
+	held := s.types[r.Type].held.get(r.Name.Name)
 	for _, ref := range r.Refs {
 		if s.unsettled(ref, r.Type) && (held == nil || !slices.Contains(held.Refs, ref)) {
 			return true
@@ -246,14 +246,14 @@ func (s *state) unsettled(n envoy.Name, from envoy.Type) bool {
 	switch n.Type {
 	case envoy.Cluster:
 		ts := &s.types[envoy.Cluster]
-		if ts.held[n.Name] != nil || !s.wants(envoy.Cluster, n.Name) {
+		if ts.held.get(n.Name) != nil || !s.wants(envoy.Cluster, n.Name) {
 			return false
 		}
 		r := s.view.Get(n)
 		if r == nil {
 			return false
 		}
-		f := ts.refused[n.Name]
+		f := ts.refused.get(n.Name)
 		return f == nil || f.version != r.Version
 	case envoy.Route, envoy.Extension:
 		r := s.view.Get(n)
@@ -278,8 +278,8 @@ func (s *state) prune() *response {
 		if len(ts.out) > 0 {
 			continue
 		}
-		for name := range ts.dirty {
-			if r, done := s.owes(t, name); r == nil && !done && ts.held[name] != nil {
+		for name := range ts.dirty.m {
+			if r, done := s.owes(t, name); r == nil && !done && ts.held.get(name) != nil {
 				gone[envoy.Name{Type: t, Name: name}] = struct{}{}
 			}
 		}
@@ -294,8 +294,8 @@ func (s *state) prune() *response {
 		for n := range gone {
 			if n.Type == t {
 				b.removed = append(b.removed, n.Name)
-				b.owe(s.types[t].dirty[n.Name])
-				delete(s.types[t].dirty, n.Name)
+				b.owe(s.types[t].dirty.get(n.Name))
+				s.types[t].dirty.del(n.Name)
 			}
 		}
 		if len(b.removed) > 0 {
@@ -331,7 +331,7 @@ func (s *state) spare(gone map[envoy.Name]struct{}) {
 		if t == envoy.Endpoint || t == envoy.Secret {
 			continue
 		}
-		for _, r := range s.types[t].held {
+		for _, r := range s.types[t].held.sorted {
 			parent(r)
 		}
 		for _, o := range s.types[t].out {
@@ -393,11 +393,11 @@ func (s *state) send(t envoy.Type, b *batch) *response {
 	r := &response{Type: t, nonce: s.nonce(), world: s.version, resources: b.resources, removed: b.removed, since: b.since}
 	ts.out = append(ts.out, r)
 	for _, res := range r.resources {
-		ts.flight[res.Name.Name] = flying{r.nonce, res}
+		ts.flight.set(res.Name.Name, flying{r.nonce, res})
 		s.follow(res)
 	}
 	for _, name := range r.removed {
-		ts.flight[name] = flying{r.nonce, nil}
+		ts.flight.set(name, flying{r.nonce, nil})
 	}
 	return r
 }
@@ -427,7 +427,7 @@ func (s *state) repeat(n envoy.Name) {
 	if ts.started && !s.wants(n.Type, n.Name) {
 		return
 	}
-	ts.again[n.Name] = struct{}{}
+	ts.again.set(n.Name, struct{}{})
 	if ts.started {
 		ts.owe(n.Name, s.version)
 	}

@@ -49,7 +49,7 @@ func (s *state) settle(t envoy.Type, q *discovery.DeltaDiscoveryRequest, now tim
 		}
 	}
 	for _, name := range r.removed {
-		delete(ts.held, name)
+		s.letGo(t, name)
 	}
 	ts.land(r)
 	if t == envoy.Listener && len(r.removed) > 0 {
@@ -63,16 +63,16 @@ func (s *state) accept(r *envoy.Resource) {
 	ts := &s.types[r.Type]
 	name := r.Name.Name
 	if s.wants(r.Type, name) {
-		ts.held[name] = r
+		s.hold(r)
 		if !s.current(r) {
 			ts.owe(name, s.version) // the name was let go and taken again since
 		}
 	}
-	if sus, ok := ts.suspects[name]; ok && sus.version == r.Version {
-		delete(ts.suspects, name)
+	if sus, ok := ts.suspects.m[name]; ok && sus.version == r.Version {
+		ts.suspects.del(name)
 	}
-	if f := ts.refused[name]; f != nil && f.version == r.Version {
-		delete(ts.refused, name)
+	if f := ts.refused.get(name); f != nil && f.version == r.Version {
+		ts.refused.del(name)
 		ts.calm()
 	}
 }
@@ -80,13 +80,13 @@ func (s *state) accept(r *envoy.Resource) {
 // land takes a response's resources out of flight, but those sent again since.
 func (ts *typeState) land(r *response) {
 	for _, res := range r.resources {
-		if ts.flight[res.Name.Name].nonce == r.nonce {
-			delete(ts.flight, res.Name.Name)
+		if ts.flight.get(res.Name.Name).nonce == r.nonce {
+			ts.flight.del(res.Name.Name)
 		}
 	}
 	for _, name := range r.removed {
-		if ts.flight[name].nonce == r.nonce {
-			delete(ts.flight, name)
+		if ts.flight.get(name).nonce == r.nonce {
+			ts.flight.del(name)
 		}
 	}
 }
@@ -104,7 +104,7 @@ func (s *state) nack(r *response, text string, now time.Time) (rejected []reject
 	guilty, applied := blame(r, text)
 	for _, res := range r.resources {
 		name := res.Name.Name
-		f := ts.flight[name]
+		f := ts.flight.get(name)
 		switch {
 		case applied && guilty[name] == "":
 			s.accept(res)
@@ -117,7 +117,7 @@ func (s *state) nack(r *response, text string, now time.Time) (rejected []reject
 		case len(guilty) > 0:
 			s.again(res, r.since)
 		default:
-			ts.suspects[name] = suspect{res.Version, r.since}
+			ts.suspects.set(name, suspect{res.Version, r.since})
 		}
 	}
 	return rejected
@@ -126,8 +126,8 @@ func (s *state) nack(r *response, text string, now time.Time) (rejected []reject
 // again has a resource sent once more that was spoiled by others.
 func (s *state) again(r *envoy.Resource, since uint64) {
 	ts := &s.types[r.Type]
-	if h := ts.held[r.Name.Name]; h != nil && h.Version == r.Version {
-		ts.again[r.Name.Name] = struct{}{}
+	if h := ts.held.get(r.Name.Name); h != nil && h.Version == r.Version {
+		ts.again.set(r.Name.Name, struct{}{})
 	}
 	ts.owe(r.Name.Name, since)
 }
@@ -136,12 +136,12 @@ func (s *state) again(r *envoy.Resource, since uint64) {
 func (s *state) refuse(r *envoy.Resource, text string, now time.Time, rejected []rejection) []rejection {
 	ts := &s.types[r.Type]
 	name := r.Name.Name
-	delete(ts.suspects, name)
-	if f := ts.refused[name]; f != nil && f.version == r.Version {
+	ts.suspects.del(name)
+	if f := ts.refused.get(name); f != nil && f.version == r.Version {
 		f.message, f.retry = text, false
 		return rejected
 	}
-	ts.refused[name] = &refusal{version: r.Version, message: text, since: now}
+	ts.refused.set(name, &refusal{version: r.Version, message: text, since: now})
 	return append(rejected, rejection{r.Name, r.Version, text})
 }
 
@@ -229,7 +229,7 @@ func (s *state) retry() {
 
 func (s *state) release(text string) {
 	ts := &s.types[envoy.Listener]
-	for name, f := range ts.refused {
+	for name, f := range ts.refused.m {
 		if !f.retry && strings.Contains(f.message, text) {
 			f.retry = true
 			ts.owe(name, s.version)
@@ -250,8 +250,8 @@ func (s *state) waiting() bool {
 // excuse lets what cannot go on, a removal under a refused parent, owe nothing.
 func (s *state) excuse() {
 	for t := range envoy.Types {
-		for name := range s.types[t].dirty {
-			s.types[t].dirty[name] = 0
+		for name := range s.types[t].dirty.m {
+			s.types[t].dirty.set(name, 0)
 		}
 	}
 }
@@ -268,12 +268,12 @@ func (s *state) progress() position {
 	for t := range envoy.Types {
 		ts := &s.types[t]
 		before(&pushed, ts.owed)
-		for _, m := range []map[string]uint64{ts.dirty, ts.answers} {
+		for _, m := range []map[string]uint64{ts.dirty.m, ts.answers.m} {
 			for _, since := range m {
 				before(&pushed, since)
 			}
 		}
-		for _, sus := range ts.suspects {
+		for _, sus := range ts.suspects.m {
 			before(&pushed, sus.since)
 		}
 		for _, r := range ts.out {

@@ -42,27 +42,29 @@ type taken struct {
 // typeState is the part of a state that concerns one type. Numbers named since
 // are the World version from which on something is owed; 0 owes nothing.
 type typeState struct {
-	started  bool                // the first request has come
-	resumed  bool                // and said that the client has some of the type
-	wildcard bool                // subscribed to all of a wildcard type
-	owed     uint64              // since: the answer to the wildcard subscription, even an empty one
-	named    map[string]struct{} // subscribed by name
+	started  bool   // the first request has come
+	resumed  bool   // and said that the client has some of the type
+	wildcard bool   // subscribed to all of a wildcard type
+	owed     uint64 // since: the answer to the wildcard subscription, even an empty one
+	// named are subscribed by name. Of a type without a wildcard what is held was,
+	// too, and is not listed here: see subscribed.
+	named bag[struct{}]
 
 	// held is what the client has: the last version that it ACKed. One whose
 	// version is known but not its content has no Body: its Refs are unknown.
-	held map[string]*envoy.Resource
+	held holdings
 	// earlier is what the previous stream of this proxy may have left it with; it gives content
 	// to the versions that the first request names, and is dropped then.
-	earlier map[string]*envoy.Resource
+	earlier holdings
 
-	out    []*response       // sent, neither ACKed nor NACKed, oldest first
-	flight map[string]flying // the newest of out by resource name
+	out    []*response // sent, neither ACKed nor NACKed, oldest first
+	flight bag[flying] // the newest of out by resource name
 
-	answers  map[string]uint64   // since: subscribed and not answered yet
-	dirty    map[string]uint64   // since: may differ from what the view says
-	again    map[string]struct{} // dirty, and sent even when unchanged: their parent was sent
-	suspects map[string]suspect  // one of them spoiled a response: each goes alone
-	refused  map[string]*refusal
+	answers  bag[uint64]   // since: subscribed and not answered yet
+	dirty    bag[uint64]   // since: may differ from what the view says
+	again    bag[struct{}] // dirty, and sent even when unchanged: their parent was sent
+	suspects bag[suspect]  // one of them spoiled a response: each goes alone
+	refused  bag[*refusal]
 
 	lastError string // of the last NACK, until nothing is refused any more
 }
@@ -107,19 +109,14 @@ type rejection struct {
 func newState(view envoy.View, version uint64, past *state) *state {
 	s := &state{view: view, version: version}
 	for t := range envoy.Types {
-		s.types[t] = typeState{
-			named: map[string]struct{}{}, held: map[string]*envoy.Resource{}, flight: map[string]flying{},
-			answers: map[string]uint64{}, dirty: map[string]uint64{}, again: map[string]struct{}{},
-			suspects: map[string]suspect{}, refused: map[string]*refusal{},
-		}
 		if past == nil {
 			continue
 		}
 		ts, was := &s.types[t], &past.types[t]
 		ts.earlier = was.mayHave()
-		for name, r := range was.refused {
+		for name, r := range was.refused.m {
 			if now := view.Get(envoy.Name{Type: t, Name: name}); now != nil && now.Version == r.version {
-				ts.refused[name] = &refusal{version: r.version, message: r.message, since: r.since, retry: retryable(t, r.message)}
+				ts.refused.set(name, &refusal{version: r.version, message: r.message, since: r.since, retry: retryable(t, r.message)})
 				ts.lastError = r.message
 			}
 		}
@@ -157,21 +154,21 @@ func (s *state) begin(t envoy.Type, subscribe []string, versions map[string]stri
 	for _, name := range subscribe {
 		s.subscribe(t, name)
 	}
-	for name, version := range versions {
+	for _, name := range slices.Sorted(maps.Keys(versions)) { // in order, see holdings.put
 		if name == wildcardName || !s.wants(t, name) {
 			continue
 		}
-		ts.held[name] = s.recall(t, name, version)
-		ts.dirty[name] = s.version
-		delete(ts.answers, name)
+		s.hold(s.recall(t, name, versions[name]))
+		ts.dirty.set(name, s.version)
+		ts.answers.del(name)
 	}
 	if len(versions) > 0 {
 		ts.resumed, ts.owed = true, 0
 	}
-	ts.earlier = nil
-	for name := range ts.again {
+	ts.earlier = holdings{}
+	for name := range ts.again.m {
 		if !s.wants(t, name) {
-			delete(ts.again, name)
+			ts.again.del(name)
 		}
 	}
 	s.unpruned = true
@@ -183,7 +180,7 @@ func (s *state) recall(t envoy.Type, name, version string) *envoy.Resource {
 	if r := s.view.Get(n); r != nil && r.Version == version {
 		return r
 	}
-	if r := s.types[t].earlier[name]; r != nil && r.Version == version {
+	if r := s.types[t].earlier.get(name); r != nil && r.Version == version {
 		return r
 	}
 	return &envoy.Resource{Name: n, Version: version}
@@ -193,8 +190,10 @@ func (s *state) subscribe(t envoy.Type, name string) {
 	ts := &s.types[t]
 	switch {
 	case name != wildcardName:
-		ts.named[name] = struct{}{}
-		ts.answers[name] = s.version
+		if !s.subscribed(t, name) {
+			ts.named.set(name, struct{}{})
+		}
+		ts.answers.set(name, s.version)
 	case t.Wildcard():
 		ts.wildcard, ts.owed = true, s.version
 		for r := range s.view.All(t) {
@@ -211,18 +210,18 @@ func (s *state) unsubscribe(t envoy.Type, name string) {
 	if name == wildcardName {
 		ts.wildcard, ts.owed = false, 0
 		for _, name := range s.names(t) {
-			if _, ok := ts.named[name]; !ok {
+			if !ts.named.has(name) {
 				ts.forget(name)
 			}
 		}
 		return
 	}
-	if _, ok := ts.named[name]; !ok {
+	if !s.subscribed(t, name) {
 		return
 	}
-	delete(ts.named, name)
+	ts.named.del(name)
 	if ts.wildcard {
-		ts.answers[name] = s.version
+		ts.answers.set(name, s.version)
 		return
 	}
 	ts.forget(name)
@@ -230,11 +229,11 @@ func (s *state) unsubscribe(t envoy.Type, name string) {
 
 // forget drops all but a refusal, which stays in force on this stream.
 func (ts *typeState) forget(name string) {
-	delete(ts.held, name)
-	delete(ts.answers, name)
-	delete(ts.dirty, name)
-	delete(ts.again, name)
-	delete(ts.suspects, name)
+	ts.held.drop(name)
+	ts.answers.del(name)
+	ts.dirty.del(name)
+	ts.again.del(name)
+	ts.suspects.del(name)
 }
 
 // names lists what a stream has to do with, ordered.
@@ -246,13 +245,15 @@ func (s *state) names(t envoy.Type) []string {
 			all[r.Name.Name] = struct{}{}
 		}
 	}
-	maps.Copy(all, ts.named)
-	collect(all, ts.held)
-	collect(all, ts.flight)
-	collect(all, ts.answers)
-	collect(all, ts.dirty)
-	collect(all, ts.suspects)
-	collect(all, ts.refused)
+	collect(all, ts.named.m)
+	for _, r := range ts.held.sorted {
+		all[r.Name.Name] = struct{}{}
+	}
+	collect(all, ts.flight.m)
+	collect(all, ts.answers.m)
+	collect(all, ts.dirty.m)
+	collect(all, ts.suspects.m)
+	collect(all, ts.refused.m)
 	return slices.Sorted(maps.Keys(all))
 }
 
@@ -264,12 +265,31 @@ func collect[V any](all map[string]struct{}, names map[string]V) {
 
 // wants says whether the client is to have the resource when it exists.
 func (s *state) wants(t envoy.Type, name string) bool {
+	return s.types[t].wildcard || s.subscribed(t, name)
+}
+
+// subscribed says whether the client has asked for the resource by its name.
+func (s *state) subscribed(t envoy.Type, name string) bool {
 	ts := &s.types[t]
-	if ts.wildcard {
-		return true
+	return ts.named.has(name) || !t.Wildcard() && ts.held.get(name) != nil
+}
+
+// hold notes that the client has a version of a resource that it is to have.
+func (s *state) hold(r *envoy.Resource) {
+	ts := &s.types[r.Type]
+	ts.held.put(r)
+	if !r.Type.Wildcard() {
+		ts.named.del(r.Name.Name)
 	}
-	_, ok := ts.named[name]
-	return ok
+}
+
+// letGo notes that the client has dropped a resource, and is still to have it when
+// there is one.
+func (s *state) letGo(t envoy.Type, name string) {
+	ts := &s.types[t]
+	if ts.held.drop(name) && !t.Wildcard() {
+		ts.named.set(name, struct{}{})
+	}
 }
 
 // update moves the stream to a newer World. What differs is owed from the first
@@ -302,20 +322,24 @@ func (s *state) updateAll(since uint64) {
 // ends with the version that it was about, whether or not it is wanted now.
 func (s *state) mark(t envoy.Type, name string, since uint64) {
 	ts := &s.types[t]
+	wanted := s.wants(t, name)
+	if !wanted && !ts.refused.has(name) {
+		return
+	}
 	r := s.view.Get(envoy.Name{Type: t, Name: name})
-	if f := ts.refused[name]; f != nil && (r == nil || r.Version != f.version) {
-		delete(ts.refused, name)
+	if f := ts.refused.get(name); f != nil && (r == nil || r.Version != f.version) {
+		ts.refused.del(name)
 		ts.calm()
 	}
-	if !s.wants(t, name) {
+	if !wanted {
 		return
 	}
 	if r == nil {
 		s.unpruned = true
 	}
 	if last := ts.last(name); last == r || last != nil && r != nil && last.Version == r.Version {
-		if _, forced := ts.again[name]; !forced {
-			delete(ts.dirty, name)
+		if forced := ts.again.has(name); !forced {
+			ts.dirty.del(name)
 			return
 		}
 	}
@@ -324,22 +348,22 @@ func (s *state) mark(t envoy.Type, name string, since uint64) {
 
 // last is what the client has once it has taken all that is on its way.
 func (ts *typeState) last(name string) *envoy.Resource {
-	if f, ok := ts.flight[name]; ok {
+	if f, ok := ts.flight.m[name]; ok {
 		return f.res
 	}
-	return ts.held[name]
+	return ts.held.get(name)
 }
 
 // mayHave is what the client is left with when its stream ends: what it was sent
 // may have arrived though its ACK has not.
-func (ts *typeState) mayHave() map[string]*envoy.Resource {
+func (ts *typeState) mayHave() holdings {
 	if !ts.started {
 		return ts.earlier
 	}
-	all := maps.Clone(ts.held)
-	for name, f := range ts.flight {
-		if all[name] == nil && f.res != nil {
-			all[name] = f.res
+	all := holdings{slices.Clone(ts.held.sorted)}
+	for name, f := range ts.flight.m {
+		if f.res != nil && all.get(name) == nil {
+			all.put(f.res)
 		}
 	}
 	return all
@@ -351,7 +375,7 @@ func (s *state) resumes() bool {
 }
 
 func (ts *typeState) calm() {
-	if len(ts.refused) == 0 {
+	if ts.refused.len() == 0 {
 		ts.lastError = ""
 	}
 }

@@ -135,22 +135,22 @@ func (st *stream) holders(p *state, t envoy.Type, wanted func(name string) bool,
 		h.Since = st.final.Since
 	}
 	ts := &p.types[t]
-	known := ts.held
+	known := &ts.held
 	if !ts.started {
-		known = ts.earlier
+		known = &ts.earlier
 		// One that starts anew and has gone before it asked has nothing.
 		unsaid := connected && time.Since(st.since) < firstRequest || !connected && p.resumes()
-		if len(known) == 0 && unsaid {
+		if known.len() == 0 && unsaid {
 			return []Holder{h}
 		}
 	}
-	for name := range known {
-		if wanted(name) {
+	for _, r := range known.sorted {
+		if name := r.Name.Name; wanted(name) {
 			all = append(all, Holder{h.ID, name, h.Connected, h.Since})
 		}
 	}
-	for name, f := range ts.flight {
-		if _, held := known[name]; !held && f.res != nil && wanted(name) {
+	for name, f := range ts.flight.m {
+		if known.get(name) == nil && f.res != nil && wanted(name) {
 			all = append(all, Holder{h.ID, name, h.Connected, h.Since})
 		}
 	}
@@ -207,22 +207,22 @@ func (st *stream) status(connected bool) ProxyStatus {
 
 func (s *state) count(t envoy.Type) TypeStatus {
 	ts := &s.types[t]
-	c := TypeStatus{Sent: len(ts.held), Acked: len(ts.held), LastError: ts.lastError}
-	for name, f := range ts.flight {
-		switch _, held := ts.held[name]; {
-		case held:
+	c := TypeStatus{Sent: ts.held.len(), Acked: ts.held.len(), LastError: ts.lastError}
+	for name, f := range ts.flight.m {
+		switch {
+		case ts.held.get(name) != nil:
 			c.Acked--
 		case f.res != nil:
 			c.Sent++
 		}
 	}
-	for name, f := range ts.refused {
+	for name, f := range ts.refused.m {
 		if !s.refusedNow(t, name, f) {
 			continue
 		}
 		c.Rejected++
-		_, held := ts.held[name]
-		_, flies := ts.flight[name]
+		held := ts.held.get(name) != nil
+		flies := ts.flight.has(name)
 		switch {
 		case held && !flies:
 			c.Acked--
@@ -246,10 +246,10 @@ func (s *state) refusedNow(t envoy.Type, name string, f *refusal) bool {
 
 func (s *state) rejected(t envoy.Type) (all []Rejected) {
 	ts := &s.types[t]
-	for _, name := range slices.Sorted(maps.Keys(ts.refused)) {
-		f := ts.refused[name]
+	for _, name := range slices.Sorted(maps.Keys(ts.refused.m)) {
+		f := ts.refused.get(name)
 		if s.refusedNow(t, name, f) {
-			all = append(all, Rejected{envoy.Name{Type: t, Name: name}, f.version, f.message, f.since, versionOf(ts.held[name])})
+			all = append(all, Rejected{envoy.Name{Type: t, Name: name}, f.version, f.message, f.since, versionOf(ts.held.get(name))})
 		}
 	}
 	return all
@@ -262,8 +262,8 @@ func (s *state) holding(t envoy.Type) (all []Held) {
 		if !s.wants(t, name) {
 			intended = nil
 		}
-		h := Held{Name: name, Intended: versionOf(intended), Sent: versionOf(ts.last(name)), Acked: versionOf(ts.held[name]), Resource: cmp.Or(intended, ts.held[name])}
-		if f := ts.refused[name]; f != nil && intended != nil && intended.Version == f.version {
+		h := Held{Name: name, Intended: versionOf(intended), Sent: versionOf(ts.last(name)), Acked: versionOf(ts.held.get(name)), Resource: cmp.Or(intended, ts.held.get(name))}
+		if f := ts.refused.get(name); f != nil && intended != nil && intended.Version == f.version {
 			h.Rejected, h.Error = f.version, f.message
 		}
 		if h.Intended != "" || h.Sent != "" || h.Acked != "" {
