@@ -6,7 +6,8 @@ import (
 )
 
 // tracker knows how far the slowest stream is, without looking at all of them:
-// it counts the streams at each published version.
+// it counts those that owe something at each published version. A stream that
+// has settled the last World that concerned it has settled all newer ones, too.
 type tracker struct {
 	mu       sync.Mutex
 	versions []uint64 // published, from the oldest that a stream is still at; guarded by mu
@@ -18,53 +19,73 @@ type tracker struct {
 // position is how far a stream is, in World versions.
 type position struct{ pushed, acked uint64 }
 
-func (t *tracker) publish(version uint64) {
+// mark is a stream's place in the tracker, which guards it.
+type mark struct {
+	position
+	owes uint64 // the newest version that concerns the stream
+	busy bool   // it has not settled that one: its position is counted
+}
+
+// publish adds a version that concerns some streams.
+func (t *tracker) publish(version uint64, concerned ...*mark) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	before := uint64(0)
+	if n := len(t.versions); n > 0 {
+		before = t.versions[n-1]
+	}
 	t.versions = append(t.versions, version)
 	t.pushed = append(t.pushed, 0)
 	t.acked = append(t.acked, 0)
+	for _, m := range concerned {
+		m.owes = version
+		if !m.busy {
+			m.busy, m.position = true, position{before, before}
+			t.count(m, 1)
+		}
+	}
 	t.trim()
 }
 
-// join adds a stream that starts at the newest version. The tracker guards the
-// position that it returns.
-func (t *tracker) join() *position {
+// join adds a stream that starts at the newest version.
+func (t *tracker) join() *mark {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.streams++
-	last := len(t.versions) - 1
-	t.pushed[last]++
-	t.acked[last]++
-	return &position{t.versions[last], t.versions[last]}
+	return &mark{}
 }
 
-func (t *tracker) leave(p *position) {
+func (t *tracker) leave(m *mark) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.streams--
-	t.pushed[t.slot(p.pushed)]--
-	t.acked[t.slot(p.acked)]--
-	t.trim()
+	if m.busy {
+		m.busy = false
+		t.count(m, -1)
+		t.trim()
+	}
 }
 
-// move notes a stream's progress; it never goes back.
-func (t *tracker) move(p *position, to position) {
+// move notes a stream's progress, which never goes back, and says whether it had
+// anything to settle.
+func (t *tracker) move(m *mark, to position) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	p.pushed = t.step(t.pushed, p.pushed, to.pushed)
-	p.acked = t.step(t.acked, p.acked, to.acked)
+	if !m.busy {
+		return false
+	}
+	t.count(m, -1)
+	m.position = position{max(m.pushed, to.pushed), max(m.acked, to.acked)}
+	if m.busy = m.acked < m.owes; m.busy {
+		t.count(m, 1)
+	}
 	t.trim()
+	return true
 }
 
-func (t *tracker) step(counts []int, from, to uint64) uint64 {
-	if to <= from {
-		return from
-	}
-	i, j := t.slot(from), t.slot(to)
-	counts[i]--
-	counts[j]++
-	return t.versions[j]
+func (t *tracker) count(m *mark, by int) {
+	t.pushed[t.slot(m.pushed)] += by
+	t.acked[t.slot(m.acked)] += by
 }
 
 // slot is the place of the newest version that is not newer than v.
@@ -85,11 +106,14 @@ func (t *tracker) trim() {
 	t.versions, t.pushed, t.acked = t.versions[n:], t.pushed[n:], t.acked[n:]
 }
 
-// settledUpTo is the version that p has settled everything up to.
-func (t *tracker) settledUpTo(p *position) uint64 {
+// behind says that a stream has not settled everything up to a version.
+func (t *tracker) behind(m *mark, version uint64) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	return p.acked
+	if m.busy {
+		return m.acked < version
+	}
+	return len(t.versions) == 0 || t.versions[len(t.versions)-1] < version
 }
 
 func (t *tracker) progress() Progress {

@@ -32,8 +32,11 @@ package xds
 import (
 	"context"
 	"log/slog"
+	"maps"
 	"net"
+	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -52,11 +55,12 @@ const (
 	retryEvery = 15 * time.Second
 	// duplicateFor is how long a shared id is reported after the last clash.
 	duplicateFor = time.Minute
-	// changeLog is how many changes are kept for streams that lag behind; one
-	// that is further behind compares its whole view.
-	changeLog = 256
-	// changeNames bounds the names that a lagging stream goes through.
+	// changeNames bounds the names that a lagging stream goes through; beyond it
+	// compares its whole view.
 	changeNames = 4096
+	// lagAtMost is how many Worlds a stream that none of them concerns may stay
+	// behind: it keeps the one that it is at.
+	lagAtMost = 64
 	// hookQueue bounds the events that wait for a hook.
 	hookQueue = 1 << 16
 )
@@ -95,6 +99,15 @@ type Config struct {
 	OnProgress func(Progress)
 }
 
+// edition is a published World, and what has changed in it. Streams follow the
+// editions at their own pace, without a lock; those that all have passed are
+// garbage.
+type edition struct {
+	world  envoy.World
+	change envoy.Change
+	next   atomic.Pointer[edition] // nil for the newest
+}
+
 // Progress says how far all connected proxies are, in World versions.
 type Progress struct {
 	Pushed  uint64 // everything up to it has been sent to every proxy it concerns
@@ -117,19 +130,19 @@ type Server struct {
 	ready   chan struct{} // closed by the first Publish
 	wake    chan struct{} // one slot: hooks or progress for Run
 
-	tracker tracker // has its own lock, taken after mu
-	loads   *loads  // has its own lock
+	tracker  tracker  // has its own lock, taken after mu
+	audience audience // has its own lock, taken after mu
+	loads    *loads   // has its own lock
+
+	newest atomic.Pointer[edition] // nil before the first Publish; stored with mu held
 
 	mu         sync.Mutex
-	world      envoy.World             // guarded by mu
-	seq        uint64                  // Publishes so far; guarded by mu
-	changes    [changeLog]envoy.Change // of the last ones, by seq; guarded by mu
-	live       map[string]*stream      // by proxy id; guarded by mu
-	gone       map[string]*stream      // remembered, and not come back; guarded by mu
-	duplicates map[string]duplicate    // by proxy id; guarded by mu
-	remember   time.Duration           // how long gone has a proxy; guarded by mu
-	events     []func()                // hooks to call; guarded by mu
-	dropped    int                     // events lost to a full queue; guarded by mu
+	live       map[string]*stream   // by proxy id; guarded by mu
+	gone       map[string]*stream   // remembered, and not come back; guarded by mu
+	duplicates map[string]duplicate // by proxy id; guarded by mu
+	remember   time.Duration        // how long gone has a proxy; guarded by mu
+	events     []func()             // hooks to call; guarded by mu
+	dropped    int                  // events lost to a full queue; guarded by mu
 }
 
 // duplicate is an id that a second proxy came with while the first was there.
@@ -165,40 +178,46 @@ func (s *Server) Remember(d time.Duration) {
 func (s *Server) Publish(w envoy.World, c envoy.Change) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.world != nil && w.Version() <= s.world.Version() {
-		s.cfg.Log.Error("xds: world is not newer than the last one and is dropped", "version", w.Version(), "last", s.world.Version())
+	last := s.newest.Load()
+	if last != nil && w.Version() <= last.world.Version() {
+		s.cfg.Log.Error("xds: world is not newer than the last one and is dropped", "version", w.Version(), "last", last.world.Version())
 		return
 	}
-	if s.world == nil {
+	now := &edition{world: w, change: c}
+	s.newest.Store(now) // a stream that subscribes after this looks at it by itself
+	if last == nil {
 		close(s.ready)
+	} else {
+		last.next.Store(now)
 	}
-	s.world = w
-	s.changes[s.seq%changeLog] = c
-	s.seq++
-	s.tracker.publish(w.Version())
-	for _, st := range s.live {
+	concerned := s.concerned(c)
+	marks := make([]*mark, len(concerned))
+	for i, st := range concerned {
+		marks[i] = st.mark
+	}
+	s.tracker.publish(w.Version(), marks...)
+	for _, st := range concerned {
+		st.prod()
+	}
+	for _, st := range s.audience.some(lagAtMost) {
 		st.prod()
 	}
 	s.wakeUp()
 }
 
-// since returns the newest World, its seq, and what changed after a seq. s.mu
-// is held.
-func (s *Server) since(seq uint64) (envoy.World, uint64, []envoy.Change) {
-	all := []envoy.Change{{Views: true}}
-	if s.seq-seq > changeLog {
-		return s.world, s.seq, all
+// concerned lists the streams that have to look at a change. s.mu is held.
+func (s *Server) concerned(c envoy.Change) []*stream {
+	if c.Views {
+		return slices.Collect(maps.Values(s.live))
 	}
-	var changes []envoy.Change
-	names := 0
-	for i := seq; i < s.seq; i++ {
-		c := s.changes[i%changeLog]
-		if names += len(c.Names); c.Views || names > changeNames {
-			return s.world, s.seq, all
+	out := s.audience.of(c.Names)
+	for _, node := range c.Nodes {
+		st := s.live[lb.Identity{Role: lb.Node, Node: node}.String()]
+		if st != nil && !slices.Contains(out, st) {
+			out = append(out, st)
 		}
-		changes = append(changes, c)
 	}
-	return s.world, s.seq, changes
+	return out
 }
 
 // Run serves on the listeners, calls the hooks and retries until ctx ends or a

@@ -186,6 +186,24 @@ func (s *state) recall(t envoy.Type, name, version string) *envoy.Resource {
 	return &envoy.Resource{Name: n, Version: version}
 }
 
+// asksForAll says whether a request that subscribes to some names asks for all of
+// a type: the first one may do so without a word.
+func (s *state) asksForAll(t envoy.Type, subscribe []string) bool {
+	return t.Wildcard() && (slices.Contains(subscribe, wildcardName) || len(subscribe) == 0 && !s.types[t].started)
+}
+
+// subscriptions lists what the client has asked for by name, in no order.
+func (s *state) subscriptions(t envoy.Type) []string {
+	ts := &s.types[t]
+	names := slices.Collect(maps.Keys(ts.named.m))
+	if !t.Wildcard() {
+		for _, r := range ts.held.sorted {
+			names = append(names, r.Name.Name)
+		}
+	}
+	return names
+}
+
 func (s *state) subscribe(t envoy.Type, name string) {
 	ts := &s.types[t]
 	switch {
@@ -296,9 +314,11 @@ func (s *state) letGo(t envoy.Type, name string) {
 // World on that the stream has skipped: it may have changed there.
 func (s *state) update(view envoy.View, version uint64, changes ...envoy.Change) {
 	since := s.version + 1
+	before := s.view
 	s.view, s.version = view, version
 	for _, c := range changes {
-		if c.Views {
+		listeners := slices.ContainsFunc(c.Names, func(n envoy.Name) bool { return n.Type == envoy.Listener })
+		if c.Views || listeners && (before.Limited() || view.Limited()) {
 			s.updateAll(since)
 			return
 		}

@@ -164,7 +164,7 @@ func (s *Server) Behind(version uint64) []string {
 	defer s.mu.Unlock()
 	var ids []string
 	for id, st := range s.live {
-		if s.tracker.settledUpTo(st.position) < version {
+		if s.tracker.behind(st.mark, version) {
 			ids = append(ids, id)
 		}
 	}

@@ -149,10 +149,11 @@ type stream struct {
 
 	// Owned by the owner; after ended, anybody may read it.
 	state *state
-	seq   uint64 // of the Publish that the state is at
+	at    *edition // that the state is at
 	final ProxyStatus
 
-	position *position // guarded by the tracker
+	mark *mark // guarded by the tracker
+	slot int   // in the audience; guarded by the audience
 }
 
 func (st *stream) prod() {
@@ -259,9 +260,10 @@ func (s *Server) register(ctx context.Context, st *stream) error {
 		past = was.state
 	}
 	delete(s.gone, st.id)
-	st.seq = s.seq
-	st.state = newState(s.world.View(st.proxy()), s.world.Version(), past)
-	st.position = s.tracker.join()
+	st.at = s.newest.Load()
+	st.state = newState(st.at.world.View(st.proxy()), st.at.world.Version(), past)
+	st.mark = s.tracker.join()
+	s.audience.join(st)
 	s.live[st.id] = st
 	s.metrics.proxies.WithLabelValues(string(st.identity.Role)).Inc()
 	if hook := s.cfg.OnConnect; hook != nil {
@@ -275,11 +277,12 @@ func (s *Server) register(ctx context.Context, st *stream) error {
 func (s *Server) unregister(st *stream) {
 	st.final = st.status(false)
 	st.final.Since = s.cfg.Now()
-	st.state.view = nothing{} // lets the World go
+	st.state.view, st.at = nothing{}, nil // lets the World go
 	s.mu.Lock()
 	delete(s.live, st.id)
 	s.gone[st.id] = st
-	s.tracker.leave(st.position)
+	s.audience.leave(st, st.state.subscriptions)
+	s.tracker.leave(st.mark)
 	if hook := s.cfg.OnDisconnect; hook != nil {
 		s.event(func() { hook(st.final) })
 	}
@@ -305,8 +308,9 @@ func (v *service) own(st *stream, gs grpc.ServerStream, requests <-chan *discove
 		}
 		if now := st.state.progress(); now != at {
 			at = now
-			v.tracker.move(st.position, at)
-			v.wakeUp()
+			if v.tracker.move(st.mark, at) {
+				v.wakeUp()
+			}
 		}
 		select {
 		case q := <-requests:
@@ -351,7 +355,10 @@ func (v *service) handle(st *stream, q *discovery.DeltaDiscoveryRequest) {
 	if e := q.GetErrorDetail(); e != nil {
 		v.metrics.nacks[t].Inc()
 	}
+	v.audience.subscribe(st, t, q.GetResourceNamesSubscribe(), st.state.asksForAll(t, q.GetResourceNamesSubscribe()))
+	v.advance(st) // what came before the audience knew of this
 	rejected := st.state.request(t, q, v.cfg.Now())
+	v.audience.unsubscribe(st, t, q.GetResourceNamesUnsubscribe())
 	if a := &st.state.taken; len(a.clusters) > 0 {
 		if v.cfg.OnAck != nil {
 			v.cfg.OnAck(st.id, a.version, a.clusters)
@@ -373,17 +380,17 @@ func (v *service) handle(st *stream, q *discovery.DeltaDiscoveryRequest) {
 
 // advance moves a stream to the newest World.
 func (s *Server) advance(st *stream) {
-	s.mu.Lock()
-	world, seq, changes := s.since(st.seq)
-	s.mu.Unlock()
-	st.seq = seq
-	for i, c := range changes {
-		if st.identity.Role == lb.Node && slices.Contains(c.Nodes, st.identity.Node) {
-			changes[i].Views = true
-		}
+	var changes []envoy.Change
+	names := 0
+	for next := st.at.next.Load(); next != nil; next = next.next.Load() {
+		st.at = next
+		c := next.change
+		names += len(c.Names)
+		c.Views = c.Views || names > changeNames || st.identity.Role == lb.Node && slices.Contains(c.Nodes, st.identity.Node)
+		changes = append(changes, c)
 	}
-	if world.Version() != st.state.version {
-		st.state.update(world.View(st.proxy()), world.Version(), changes...)
+	if len(changes) > 0 {
+		st.state.update(st.at.world.View(st.proxy()), st.at.world.Version(), changes...)
 	}
 }
 

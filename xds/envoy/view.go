@@ -5,6 +5,7 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"sync"
 
 	"github.com/roostmesh/roost/lb"
 )
@@ -13,23 +14,33 @@ import (
 func (t *Translation) View(p Proxy) View { return t.view(p) }
 
 func (t *Translation) view(p Proxy) *view {
-	v := &view{world: t, id: p.Identity, sight: t.snapshot.SightOf(p.Identity)}
-	if p.MaxListeners > 0 && p.MaxListeners < v.atMost() {
-		v.beyond = v.cut(p.MaxListeners)
-	}
-	return v
+	return &view{world: t, id: p.Identity, most: p.MaxListeners, sight: t.snapshot.SightOf(p.Identity)}
 }
 
 // Beyond counts the listeners that a proxy should have and is not given,
 // because its file descriptors would run out.
-func (t *Translation) Beyond(p Proxy) int { return len(t.view(p).beyond) }
+func (t *Translation) Beyond(p Proxy) int { return len(t.view(p).cutOff()) }
 
 type view struct {
 	world *Translation
 	id    lb.Identity
 	sight lb.Sight
-	// beyond are the listeners left out; nil in nearly every proxy.
+	most  int // listeners; 0: no limit
+
+	// beyond are the listeners left out; nil in nearly every proxy, and until the
+	// first look at listeners.
+	once   sync.Once
 	beyond map[string]bool
+}
+
+// cutOff are the listeners that are left out.
+func (v *view) cutOff() map[string]bool {
+	v.once.Do(func() {
+		if v.most > 0 && v.most < v.atMost() {
+			v.beyond = v.cut(v.most)
+		}
+	})
+	return v.beyond
 }
 
 // atMost is cheap to know and no less than the view's number of listeners.
@@ -41,7 +52,7 @@ func (v *view) atMost() int {
 // listener, without which none works, is always kept.
 func (v *view) cut(limit int) map[string]bool {
 	out := map[string]bool{}
-	for r := range v.All(Listener) {
+	for _, r := range v.list(Listener) {
 		switch {
 		case r.Name.Name == CaptureListener:
 		case limit > 0:
@@ -54,7 +65,7 @@ func (v *view) cut(limit int) map[string]bool {
 }
 
 // Limited says that the proxy is given fewer listeners than it should have.
-func (v *view) Limited() bool { return v.beyond != nil }
+func (v *view) Limited() bool { return len(v.cutOff()) > 0 }
 
 func (v *view) sees(s *serviceSet) bool { return v.sight.Sees(s.service) }
 
@@ -87,7 +98,7 @@ func (v *view) captured() bool {
 
 // Get returns a resource by name, or nil where this proxy has none.
 func (v *view) Get(n Name) *Resource {
-	if n.Type == Listener && v.beyond[n.Name] {
+	if n.Type == Listener && v.cutOff()[n.Name] {
 		return nil
 	}
 	if n.Type == Extension {
@@ -170,6 +181,15 @@ func find(list []*Resource, n Name) *Resource {
 
 // All lists the resources of a wildcard type, ordered by name.
 func (v *view) All(t Type) iter.Seq[*Resource] {
+	list := v.list(t)
+	if t == Listener && v.Limited() {
+		list = slices.DeleteFunc(list, func(r *Resource) bool { return v.beyond[r.Name.Name] })
+	}
+	return slices.Values(list)
+}
+
+// list is All without a limit.
+func (v *view) list(t Type) []*Resource {
 	var list []*Resource
 	for _, s := range v.world.order {
 		switch {
@@ -190,8 +210,5 @@ func (v *view) All(t Type) iter.Seq[*Resource] {
 		}
 	}
 	slices.SortFunc(list, compareResources)
-	if t == Listener && len(v.beyond) > 0 {
-		list = slices.DeleteFunc(list, func(r *Resource) bool { return v.beyond[r.Name.Name] })
-	}
-	return slices.Values(list)
+	return list
 }
