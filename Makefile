@@ -8,7 +8,7 @@ RUNTESTS := $(GO) run ./cmd/internal/runtests -timeout 20m
 ROOST_REQUIRE ?= envoy,consul
 export ROOST_REQUIRE
 
-.PHONY: help build demo test race fuzz lint bench bench-ledger bench-migrate check clean
+.PHONY: help build demo test race fuzz lint bench bench-ledger bench-migrate bench-xds check clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -49,6 +49,9 @@ bench-ledger: build ## a new address, ten thousand services, a drain with 200 pr
 
 bench-migrate: build ## time from a registration to the first answer, beside a peer
 	$(GO) run ./bench/migrate
+
+bench-xds: ## what serving thousands of proxies costs, beside a peer (a quarter of an hour)
+	$(GO) run ./bench/xds $(if $(OUTPUT),-o $(OUTPUT))
 
 check: build ## what this host lacks
 	./bin/roost check
