@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"runtime"
 	"strings"
 	"time"
@@ -166,20 +165,21 @@ func (o options) round(ctx context.Context, side string, d dimensions) (m measur
 	}
 	defer func() { err = errors.Join(err, c.stop()) }()
 	defer runtime.GC() // what the proxies of this round held
-	for _, step := range []func(context.Context, size, *measured) error{c.coldStart, func(ctx context.Context, s size, m *measured) error {
-		return c.changes(ctx, s, m, o, d)
-	}, c.comeBack} {
+	for _, step := range []struct {
+		name string
+		run  func(context.Context, size, *measured, options) error
+	}{{"cold", c.coldStart}, {"change", c.changes}, {"reconnect", c.comeBack}} {
 		limited, cancel := context.WithTimeout(ctx, stepTimeout)
-		err = step(limited, s, &m)
+		err = c.profiled(o, d.String()+"-"+side+"-"+step.name, func() error { return step.run(limited, s, &m, o) })
 		cancel()
 		if err != nil {
-			return m, fmt.Errorf("%s: %w", side, err)
+			return m, fmt.Errorf("%s: %s: %w", side, step.name, err)
 		}
 	}
 	return m, nil
 }
 
-func (c *child) coldStart(ctx context.Context, _ size, m *measured) error {
+func (c *child) coldStart(ctx context.Context, _ size, m *measured, _ options) error {
 	empty, err := c.ask(command{Do: "memory"})
 	if err != nil {
 		return err
@@ -204,12 +204,7 @@ func (c *child) coldStart(ctx context.Context, _ size, m *measured) error {
 }
 
 // changes moves endpoints one after the other.
-func (c *child) changes(ctx context.Context, s size, m *measured, o options, d dimensions) error {
-	if o.profiles != "" {
-		if err := c.profiled(o.profiles, d); err != nil {
-			return err
-		}
-	}
+func (c *child) changes(ctx context.Context, s size, m *measured, o options) error {
 	var cpu, latency []time.Duration
 	first, err := c.quiet(ctx)
 	if err != nil {
@@ -237,25 +232,12 @@ func (c *child) changes(ctx context.Context, s size, m *measured, o options, d d
 	m[cpuMean] = milliseconds(before.CPU-first.CPU) / float64(len(cpu))
 	m[latencyP50], m[latencyP99] = milliseconds(median(latency)), milliseconds(quantile(latency, 0.99))
 	m[changeBytes] = float64(before.Sent-first.Sent) / 1e6 / float64(len(cpu))
-	if o.profiles != "" {
-		_, err = c.ask(command{Do: "profile"})
-	}
-	return err
-}
-
-// profiled writes what the memory is for, and begins to write what the CPU does.
-func (c *child) profiled(dir string, d dimensions) error {
-	name := filepath.Join(dir, d.String()+"-"+c.side)
-	if _, err := c.ask(command{Do: "heap", File: name + ".heap"}); err != nil {
-		return err
-	}
-	_, err := c.ask(command{Do: "profile", File: name + ".cpu"})
-	return err
+	return nil
 }
 
 // comeBack breaks every connection and waits until a change reaches all proxies
 // that have come back.
-func (c *child) comeBack(ctx context.Context, s size, m *measured) error {
+func (c *child) comeBack(ctx context.Context, s size, m *measured, _ options) error {
 	c.drop()
 	before, err := c.quiet(ctx)
 	if err != nil {

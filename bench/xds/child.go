@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"time"
 )
@@ -139,3 +140,23 @@ func quantile[T int64 | float64 | time.Duration](list []T, q float64) T {
 }
 
 func median[T int64 | float64 | time.Duration](list []T) T { return quantile(list, 0.5) }
+
+// profiled runs f, and writes what the server's CPU does meanwhile and what its
+// memory is for afterwards, where that is asked for.
+func (c *child) profiled(o options, name string, f func() error) error {
+	if o.profiles == "" {
+		return f()
+	}
+	file := filepath.Join(o.profiles, name)
+	if _, err := c.ask(command{Do: "profile", File: file + ".cpu"}); err != nil {
+		return err
+	}
+	if err := f(); err != nil {
+		return err
+	}
+	if _, err := c.ask(command{Do: "profile"}); err != nil {
+		return err
+	}
+	_, err := c.ask(command{Do: "heap", File: file + ".heap"})
+	return err
+}

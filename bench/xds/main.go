@@ -70,7 +70,7 @@ func main() {
 	flag.IntVar(&o.proxies, "proxies", 800, "pipeline: proxies")
 	flag.IntVar(&o.rate, "rate", 500, "pipeline: changes a second")
 	flag.DurationVar(&o.load, "load", 10*time.Second, "pipeline: how long they come")
-	flag.StringVar(&o.profiles, "cpuprofile", "", "change: a directory for CPU and heap profiles of the servers")
+	flag.StringVar(&o.profiles, "cpuprofile", "", "a directory for CPU and heap profiles of the servers")
 	flag.StringVar(&o.serve, "serve", "", "be a server: roost or peer; the bench starts itself so")
 	flag.Parse()
 	if o.serve != "" {
@@ -96,7 +96,7 @@ func main() {
 
 // small is a run of a few seconds, whose figures mean nothing.
 func (o options) small() options {
-	o.sizes, o.rounds, o.changes = "20x10", 1, 3
+	o.quick, o.sizes, o.rounds, o.changes = true, "20x10", 1, 3
 	o.services, o.tenants, o.proxies, o.rate, o.load = 40, 4, 8, 50, time.Second
 	return o
 }

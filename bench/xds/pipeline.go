@@ -52,10 +52,16 @@ func (o options) onePath(ctx context.Context, s size) (built, cpu time.Duration,
 	if err != nil {
 		return 0, 0, err
 	}
-	for i := range pipelineMoves {
-		if _, err := c.move(ctx, s, i*s.Tenants%s.Services, 1); err != nil { // one of its tenant's
-			return 0, 0, err
+	err = c.profiled(o, "pipeline-roost-change", func() error {
+		for i := range pipelineMoves {
+			if _, err := c.move(ctx, s, i*s.Tenants%s.Services, 1); err != nil { // one of its tenant's
+				return err
+			}
 		}
+		return nil
+	})
+	if err != nil {
+		return 0, 0, err
 	}
 	after, err := c.quiet(ctx)
 	return c.start.Built, (after.CPU - before.CPU) / pipelineMoves, err
@@ -83,7 +89,11 @@ func (o options) underLoad(ctx context.Context, s size) (out []figure, err error
 		return nil, err
 	}
 	c.records.Store(true)
-	done, err := c.ask(command{Do: "load", Rate: o.rate, For: o.load})
+	var done answer
+	err = c.profiled(o, "pipeline-roost-load", func() (err error) {
+		done, err = c.ask(command{Do: "load", Rate: o.rate, For: o.load})
+		return err
+	})
 	if err != nil {
 		return nil, err
 	}

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"maps"
 	"net/netip"
+	"slices"
 
 	"github.com/roostmesh/roost/discovery"
 	"github.com/roostmesh/roost/lb"
@@ -69,6 +70,7 @@ func newWorld(s size) *world {
 			instances = append(instances, s.instance(i, n))
 		}
 	}
+	slices.SortFunc(in.Services, func(a, b *lb.ServiceSpec) int { return a.Key.Compare(b.Key) }) // as the daemon has them
 	in.Catalog = discovery.NewCatalog(instances)
 	return &world{size: s, input: in}
 }
