@@ -2,6 +2,7 @@ package xds
 
 import (
 	"math/bits"
+	"strings"
 	"sync"
 
 	"github.com/roostmesh/roost/xds/envoy"
@@ -84,9 +85,14 @@ func (a *audience) subscribe(st *stream, t envoy.Type, names []string, all bool)
 		a.named[t] = map[string]members{}
 	}
 	for _, name := range names {
-		if name != wildcardName {
-			a.named[t][name] = a.named[t][name].with(st.slot)
+		if name == wildcardName {
+			continue
 		}
+		m, ok := a.named[t][name]
+		if !ok {
+			name = strings.Clone(name) // it may be a part of something large
+		}
+		a.named[t][name] = m.with(st.slot)
 	}
 }
 

@@ -63,14 +63,13 @@ func (c codec) Marshal(v any) (mem.BufferSlice, error) {
 	return out, nil
 }
 
-// size is about how many bytes a response has.
-func (r *response) size() int {
-	n := 0
-	for _, res := range r.resources {
-		n += len(res.Body)
+// Unmarshal implements encoding.CodecV2.
+func (c codec) Unmarshal(data mem.BufferSlice, v any) error {
+	q, ok := v.(*request)
+	if !ok {
+		return c.CodecV2.Unmarshal(data, v)
 	}
-	for _, name := range r.removed {
-		n += len(name)
-	}
-	return n
+	buf := data.MaterializeToBuffer(mem.DefaultBufferPool())
+	defer buf.Free()
+	return q.decode(buf.ReadOnlyData())
 }

@@ -153,7 +153,7 @@ func (m *envoyModel) subscribe() {
 		}
 	}
 	m.t.Logf("request %s %v", n.Type, q)
-	m.s.request(n.Type, q, time.Time{})
+	m.s.request(n.Type, decoded(q), time.Time{})
 }
 
 // reconnect starts a new stream: what was on its way is lost, what is held is
@@ -186,7 +186,7 @@ func (m *envoyModel) reconnect() {
 		}
 		m.wild[t] = m.wild[t] || t.Wildcard() && len(q.ResourceNamesSubscribe) == 0
 		m.t.Logf("resume %s %v", t, q)
-		m.s.request(t, q, time.Time{})
+		m.s.request(t, decoded(q), time.Time{})
 	}
 }
 
@@ -347,7 +347,7 @@ func (m *envoyModel) process(t envoy.Type, quiet bool) {
 	}
 	m.t.Logf("%s %s: quiet %v: %v", t, r.nonce, quiet, q)
 	if !quiet {
-		m.s.request(t, q, time.Time{})
+		m.s.request(t, decoded(q), time.Time{})
 	}
 }
 

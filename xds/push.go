@@ -390,7 +390,10 @@ func (b *batch) owe(since uint64) {
 // to follow, changed or not: Envoy starts a changed parent without them.
 func (s *state) send(t envoy.Type, b *batch) *response {
 	ts := &s.types[t]
-	r := &response{Type: t, nonce: s.nonce(), world: s.version, resources: b.resources, removed: b.removed, since: b.since}
+	r := &response{Type: t, nonce: s.nonce(), world: s.version, resources: b.resources, removed: b.removed, since: b.since, size: b.size}
+	for _, name := range b.removed {
+		r.size += len(name)
+	}
 	ts.out = append(ts.out, r)
 	for _, res := range r.resources {
 		ts.flight.set(res.Name.Name, flying{r.nonce, res})

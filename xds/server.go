@@ -22,11 +22,13 @@
 // For wildcard types (clusters, listeners) the package takes View.All to list
 // exactly what View.Get finds.
 //
-// Goroutines: each stream has an owner, gRPC's handler, which alone touches its
-// state and never blocks on the network, beside one that receives and one that
-// sends. Run owns one that calls every hook of Config, in order and without a
-// lock held, so that a hook may call the Server; it also retries and forgets.
-// Run returns after all of them have ended.
+// Goroutines: each stream has gRPC's handler, which waits for its end, and one
+// that receives and handles requests. Run owns a few that push, one for each core,
+// and one that calls every hook of Config, in order and without a lock held, so
+// that a hook may call the Server; it also retries and forgets. Whoever has a
+// stream's lock may touch its state, and never waits for the network: a response
+// that might have to is sent by a goroutine of its own. Run returns after all of
+// them have ended.
 package xds
 
 import (
@@ -133,6 +135,7 @@ type Server struct {
 	tracker  tracker  // has its own lock, taken after mu
 	audience audience // has its own lock, taken after mu
 	loads    *loads   // has its own lock
+	queue    *queue   // has its own lock
 
 	newest atomic.Pointer[edition] // nil before the first Publish; stored with mu held
 
@@ -160,7 +163,7 @@ func New(cfg Config) *Server {
 		cfg.RetryEvery = retryEvery
 	}
 	return &Server{
-		cfg: cfg, metrics: newMetrics(cfg.Registry), ready: make(chan struct{}), wake: make(chan struct{}, 1), loads: newLoads(),
+		cfg: cfg, metrics: newMetrics(cfg.Registry), ready: make(chan struct{}), wake: make(chan struct{}, 1), loads: newLoads(), queue: newQueue(),
 		live: map[string]*stream{}, gone: map[string]*stream{}, duplicates: map[string]duplicate{}, remember: rememberFor,
 	}
 }
@@ -196,12 +199,8 @@ func (s *Server) Publish(w envoy.World, c envoy.Change) {
 		marks[i] = st.mark
 	}
 	s.tracker.publish(w.Version(), marks...)
-	for _, st := range concerned {
-		st.prod()
-	}
-	for _, st := range s.audience.some(lagAtMost) {
-		st.prod()
-	}
+	s.queue.add(concerned...)
+	s.queue.add(s.audience.some(lagAtMost)...)
 	s.wakeUp()
 }
 
@@ -233,6 +232,7 @@ func (s *Server) Run(ctx context.Context, listeners ...Listener) error {
 		defer close(done)
 		s.background(hooks)
 	}()
+	g.Go(func() error { return s.push(serving) })
 	err := g.Wait()
 	if err == nil {
 		<-ctx.Done() // without a listener there is still something to do
@@ -270,7 +270,10 @@ func (s *Server) background(ctx context.Context) {
 
 func (s *Server) retry() {
 	for _, st := range s.streams() {
-		st.ask(func(p *state) { p.retry() })
+		st.ask(func(p *state) {
+			p.retry()
+			s.flush(st)
+		})
 	}
 }
 

@@ -1,10 +1,9 @@
 package xds
 
 import (
+	"slices"
 	"strings"
 	"time"
-
-	discovery "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 
 	"github.com/roostmesh/roost/xds/envoy"
 )
@@ -25,13 +24,15 @@ func retryable(t envoy.Type, text string) bool {
 
 // settle takes what a request says about a response: ACK or NACK. A nonce that
 // is not on its way says nothing.
-func (s *state) settle(t envoy.Type, q *discovery.DeltaDiscoveryRequest, now time.Time) []rejection {
+func (s *state) settle(t envoy.Type, q *request, now time.Time) []rejection {
 	ts := &s.types[t]
 	var r *response
 	for i, o := range ts.out {
-		if o.nonce == q.GetResponseNonce() {
+		if o.nonce == q.nonce {
 			r = o
-			ts.out = append(ts.out[:i:i], ts.out[i+1:]...)
+			if ts.out = slices.Delete(ts.out, i, i+1); len(ts.out) == 0 {
+				ts.out = nil
+			}
 			break
 		}
 	}
@@ -39,8 +40,8 @@ func (s *state) settle(t envoy.Type, q *discovery.DeltaDiscoveryRequest, now tim
 		return nil
 	}
 	s.unpruned = true
-	if q.GetErrorDetail() != nil {
-		return s.nack(r, q.GetErrorDetail().GetMessage(), now)
+	if q.refused {
+		return s.nack(r, q.message, now)
 	}
 	for _, res := range r.resources {
 		s.accept(res)

@@ -4,9 +4,8 @@ import (
 	"maps"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
-
-	discovery "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 
 	"github.com/roostmesh/roost/xds/envoy"
 )
@@ -96,6 +95,7 @@ type response struct {
 	resources []*envoy.Resource
 	removed   []string
 	since     uint64
+	size      int // of its bodies and names, in bytes
 }
 
 // rejection tells that the client refused a version for the first time.
@@ -126,41 +126,48 @@ func newState(view envoy.View, version uint64, past *state) *state {
 
 // request takes one request of the client: first what it says about a response,
 // then its subscriptions. It returns what was refused for the first time.
-func (s *state) request(t envoy.Type, q *discovery.DeltaDiscoveryRequest, now time.Time) []rejection {
+func (s *state) request(t envoy.Type, q *request, now time.Time) []rejection {
 	ts := &s.types[t]
 	rejected := s.settle(t, q, now)
-	for _, name := range q.GetResourceNamesUnsubscribe() {
+	for _, name := range q.unsubscribe {
 		s.unsubscribe(t, name)
 	}
-	subscribe := q.GetResourceNamesSubscribe()
 	if ts.started {
-		for _, name := range subscribe {
+		for _, name := range q.subscribe {
 			s.subscribe(t, name)
 		}
 		return rejected
 	}
 	ts.started = true
-	s.begin(t, subscribe, q.GetInitialResourceVersions())
+	s.begin(t, q.subscribe, q.versions)
 	return rejected
 }
 
 // begin takes the first request of a type. What the client says it has is
 // compared like a change; every other name is answered.
-func (s *state) begin(t envoy.Type, subscribe []string, versions map[string]string) {
+func (s *state) begin(t envoy.Type, subscribe []string, versions []holding) {
 	ts := &s.types[t]
-	if t.Wildcard() && len(subscribe) == 0 {
-		s.subscribe(t, wildcardName)
+	all := t.Wildcard() && len(subscribe) == 0 || t.Wildcard() && slices.Contains(subscribe, wildcardName)
+	if !slices.IsSorted(subscribe) {
+		subscribe = slices.Sorted(slices.Values(subscribe))
+	}
+	next := 0 // of subscribe: both lists are in order
+	for _, v := range versions {
+		for next < len(subscribe) && subscribe[next] < v.name {
+			next++
+		}
+		named := next < len(subscribe) && subscribe[next] == v.name
+		if v.name != wildcardName && (named || all) {
+			s.resume(t, v, named)
+		}
 	}
 	for _, name := range subscribe {
-		s.subscribe(t, name)
-	}
-	for _, name := range slices.Sorted(maps.Keys(versions)) { // in order, see holdings.put
-		if name == wildcardName || !s.wants(t, name) {
-			continue
+		if ts.held.get(name) == nil || name == wildcardName {
+			s.subscribe(t, name)
 		}
-		s.hold(s.recall(t, name, versions[name]))
-		ts.dirty.set(name, s.version)
-		ts.answers.del(name)
+	}
+	if all && !ts.wildcard {
+		s.subscribe(t, wildcardName)
 	}
 	if len(versions) > 0 {
 		ts.resumed, ts.owed = true, 0
@@ -174,6 +181,19 @@ func (s *state) begin(t envoy.Type, subscribe []string, versions map[string]stri
 	s.unpruned = true
 }
 
+// resume takes a version that the client has from an earlier stream.
+func (s *state) resume(t envoy.Type, v holding, named bool) {
+	ts := &s.types[t]
+	r := s.recall(t, v.name, v.version)
+	if named && t.Wildcard() {
+		ts.named.set(r.Name.Name, struct{}{})
+	}
+	s.hold(r)
+	if now := s.view.Get(r.Name); now != r || ts.again.has(v.name) {
+		ts.dirty.set(r.Name.Name, s.version)
+	}
+}
+
 // recall finds the content of a version that the client says it has.
 func (s *state) recall(t envoy.Type, name, version string) *envoy.Resource {
 	n := envoy.Name{Type: t, Name: name}
@@ -183,7 +203,7 @@ func (s *state) recall(t envoy.Type, name, version string) *envoy.Resource {
 	if r := s.types[t].earlier.get(name); r != nil && r.Version == version {
 		return r
 	}
-	return &envoy.Resource{Name: n, Version: version}
+	return &envoy.Resource{Name: envoy.Name{Type: t, Name: strings.Clone(name)}, Version: strings.Clone(version)}
 }
 
 // asksForAll says whether a request that subscribes to some names asks for all of
@@ -208,6 +228,7 @@ func (s *state) subscribe(t envoy.Type, name string) {
 	ts := &s.types[t]
 	switch {
 	case name != wildcardName:
+		name = s.own(t, name)
 		if !s.subscribed(t, name) {
 			ts.named.set(name, struct{}{})
 		}
@@ -215,9 +236,19 @@ func (s *state) subscribe(t envoy.Type, name string) {
 	case t.Wildcard():
 		ts.wildcard, ts.owed = true, s.version
 		for r := range s.view.All(t) {
-			s.mark(t, r.Name.Name, s.version)
+			if ts.held.get(r.Name.Name) != r || ts.again.has(r.Name.Name) {
+				s.mark(t, r.Name.Name, s.version)
+			}
 		}
 	}
+}
+
+// own is a name that may be kept: a request's shares the memory of all of it.
+func (s *state) own(t envoy.Type, name string) string {
+	if r := s.view.Get(envoy.Name{Type: t, Name: name}); r != nil {
+		return r.Name.Name
+	}
+	return strings.Clone(name)
 }
 
 // unsubscribe forgets a name: the client drops what it has of it. One that the
@@ -398,6 +429,16 @@ func (ts *typeState) calm() {
 	if ts.refused.len() == 0 {
 		ts.lastError = ""
 	}
+}
+
+// unacked counts the bytes that were sent and neither ACKed nor NACKed.
+func (s *state) unacked() (n int) {
+	for t := range s.types {
+		for _, r := range s.types[t].out {
+			n += r.size
+		}
+	}
+	return n
 }
 
 func (s *state) nonce() string {

@@ -147,7 +147,7 @@ func (x *script) do(line string) {
 			_, said, _ := strings.Cut(rest, " ")
 			q.ErrorDetail = &rpcstatus.Status{Message: strings.ReplaceAll(said, `\n`, "\n")}
 		}
-		for _, j := range x.s.request(r.Type, q, time.Time{}) {
+		for _, j := range x.s.request(r.Type, decoded(q), time.Time{}) {
 			x.news = append(x.news, "! "+j.Type.String()+" "+j.Name.Name+"@"+j.version)
 		}
 	case "retry":
@@ -201,7 +201,7 @@ func (x *script) subscribe(verb string, args []string) {
 			q.ResourceNamesSubscribe = append(q.ResourceNamesSubscribe, strings.TrimPrefix(n, "+"))
 		}
 	}
-	x.s.request(typ, q, time.Time{})
+	x.s.request(typ, decoded(q), time.Time{})
 }
 
 func TestState(t *testing.T) {

@@ -6,6 +6,7 @@ import (
 	"io"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
@@ -16,6 +17,7 @@ import (
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/roostmesh/roost/lb"
 	"github.com/roostmesh/roost/xds/envoy"
@@ -23,7 +25,6 @@ import (
 
 // Bounds on what a client may cost before and after it is known.
 const (
-	maxRequest   = 32 << 20 // a reconnect names every version that the proxy has
 	maxHeaders   = 16 << 10
 	maxStreams   = 100 // per connection; an Envoy needs two
 	firstRequest = 15 * time.Second
@@ -32,7 +33,13 @@ const (
 	pingTimeout  = 10 * time.Second
 	pingAtMost   = 10 * time.Second // more frequent pings of a client end its connection
 	drainFor     = 2 * time.Second
-	wantsDelta   = "state-of-the-world ADS is not served: set api_type: DELTA_GRPC in ads_config"
+	// sendsAtOnce is how many bytes may be on their way, not ACKed, when another
+	// response is handed to gRPC: with so few its write quota of 64 KB does not
+	// make the caller wait.
+	sendsAtOnce = 32 << 10
+	// readBuffer is that of a connection; nearly all requests are small.
+	readBuffer = 4 << 10
+	wantsDelta = "state-of-the-world ADS is not served: set api_type: DELTA_GRPC in ads_config"
 )
 
 // service is the gRPC side of one Listener.
@@ -54,7 +61,7 @@ func (s *Server) Serve(ctx context.Context, l Listener) error {
 	g := grpc.NewServer(
 		grpc.ForceServerCodecV2(newCodec(name)), grpc.WaitForHandlers(true),
 		grpc.MaxRecvMsgSize(maxRequest), grpc.MaxHeaderListSize(maxHeaders), grpc.MaxConcurrentStreams(maxStreams),
-		grpc.ConnectionTimeout(handshake),
+		grpc.ConnectionTimeout(handshake), grpc.SharedWriteBuffer(true), grpc.ReadBufferSize(readBuffer),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: pingAfter, Timeout: pingTimeout}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: pingAtMost, PermitWithoutStream: true}),
 	)
@@ -85,28 +92,18 @@ func (v *service) StreamAggregatedResources(discovery.AggregatedDiscoveryService
 }
 
 // DeltaAggregatedResources implements the discovery service: one proxy's stream.
+// The handler waits for the stream's end; requests are handled where they are
+// received.
 func (v *service) DeltaAggregatedResources(gs discovery.AggregatedDiscoveryService_DeltaAggregatedResourcesServer) error {
-	requests, failed := make(chan *discovery.DeltaDiscoveryRequest), make(chan error, 1)
-	v.wg.Go(func() { failed <- receive(gs, requests) })
-	late := time.NewTimer(firstRequest)
-	defer late.Stop()
-	var first *discovery.DeltaDiscoveryRequest
-	select {
-	case first = <-requests:
-	case err := <-failed:
-		return err
-	case <-late.C:
-		return status.Error(codes.DeadlineExceeded, "no request came")
-	case <-v.ctx.Done():
-		return errStopping
-	}
-	st, err := v.welcome(gs.Context(), first.GetNode())
+	in := &inbound{first: make(chan string, 1), failed: make(chan error, 1), admitted: make(chan *stream, 1)}
+	v.wg.Go(func() { in.failed <- v.receive(gs, in) })
+	st, err := v.first(gs, in)
 	if err != nil {
-		v.cfg.Log.Debug("xds: proxy is refused", "node", first.GetNode().GetId(), "error", err)
+		close(in.admitted)
 		return err
 	}
-	v.handle(st, first)
-	err = v.own(st, gs, requests, failed)
+	in.admitted <- st
+	err = v.end(st, gs, in)
 	v.unregister(st)
 	v.cfg.Log.Info("xds: proxy has gone", "proxy", st.final.ID, "reason", err)
 	return err
@@ -114,22 +111,74 @@ func (v *service) DeltaAggregatedResources(gs discovery.AggregatedDiscoveryServi
 
 var errStopping = status.Error(codes.Unavailable, "the control plane stops")
 
-// receive hands requests to the owner until the stream ends; nil says that the
-// client closed it.
-func receive(gs discovery.AggregatedDiscoveryService_DeltaAggregatedResourcesServer, requests chan<- *discovery.DeltaDiscoveryRequest) error {
-	for {
-		q, err := gs.Recv()
-		if errors.Is(err, io.EOF) {
-			return nil
+// inbound joins a stream's handler and its receiver.
+type inbound struct {
+	first    chan string  // the node of the first request
+	failed   chan error   // receiving is over; nil: the client has closed the stream
+	admitted chan *stream // closed without one: it is refused
+}
+
+// first waits for the first request and admits the proxy.
+func (v *service) first(gs grpc.ServerStream, in *inbound) (*stream, error) {
+	late := time.NewTimer(firstRequest)
+	defer late.Stop()
+	var node *corev3.Node
+	select {
+	case text := <-in.first:
+		node = &corev3.Node{}
+		if err := proto.Unmarshal([]byte(text), node); err != nil {
+			return nil, status.Error(codes.InvalidArgument, "node: "+err.Error())
 		}
-		if err != nil {
+	case err := <-in.failed:
+		return nil, err
+	case <-late.C:
+		return nil, status.Error(codes.DeadlineExceeded, "no request came")
+	case <-v.ctx.Done():
+		return nil, errStopping
+	}
+	st, err := v.welcome(gs, node)
+	if err != nil {
+		v.cfg.Log.Debug("xds: proxy is refused", "node", node.GetId(), "error", err)
+	}
+	return st, err
+}
+
+// end waits for the end of a stream and says why it has come.
+func (v *service) end(st *stream, gs grpc.ServerStream, in *inbound) error {
+	select {
+	case err := <-in.failed:
+		return err
+	case <-gs.Context().Done():
+		return gs.Context().Err()
+	case <-st.replaced:
+		return status.Errorf(codes.Aborted, "node id %q: a newer proxy has come with this id", st.id)
+	case <-v.ctx.Done():
+		return errStopping
+	}
+}
+
+// receive handles requests until the stream ends; nil says that the client closed
+// it, or that it is refused.
+func (v *service) receive(gs grpc.ServerStream, in *inbound) error {
+	var st *stream
+	for q := new(request); ; {
+		if err := gs.RecvMsg(q); errors.Is(err, io.EOF) {
+			return nil
+		} else if err != nil {
 			return err
 		}
-		select {
-		case requests <- q:
-		case <-gs.Context().Done():
-			return gs.Context().Err()
+		if st == nil {
+			in.first <- q.node
+			if st = <-in.admitted; st == nil {
+				return nil
+			}
 		}
+		st.mu.Lock()
+		if !st.closed {
+			v.handle(st, q)
+			v.flush(st)
+		}
+		st.mu.Unlock()
 	}
 }
 
@@ -141,39 +190,37 @@ type stream struct {
 	version  string
 	metadata map[string]string
 	since    time.Time
-	poke     chan struct{}     // one slot: there is a newer World
-	asks     chan func(*state) // run by the owner
-	replaced chan struct{}     // closed when a newer stream has its id
-	replace  func()            // closes replaced
-	ended    chan struct{}     // closed when the owner is through
+	wire     grpc.ServerStream
+	beside   *sync.WaitGroup // of what runs beside the handlers
+	replaced chan struct{}   // closed when a newer stream has its id
+	replace  func()          // closes replaced
+	ended    chan struct{}   // closed when the handler is through
 
-	// Owned by the owner; after ended, anybody may read it.
-	state *state
-	at    *edition // that the state is at
-	final ProxyStatus
+	// mu is taken before the Server's, and never held while anybody waits for the
+	// network. After ended nobody changes what it guards.
+	mu      sync.Mutex
+	state   *state   // guarded by mu
+	at      *edition // that the state is at; guarded by mu
+	told    position // of the tracker; guarded by mu
+	sending bool     // a response is being handed to the network; guarded by mu
+	closed  bool     // guarded by mu
+	final   ProxyStatus
 
-	mark *mark // guarded by the tracker
-	slot int   // in the audience; guarded by the audience
+	queued atomic.Bool // waits for a pusher
+	mark   *mark       // guarded by the tracker
+	slot   int         // in the audience; guarded by the audience
 }
 
-func (st *stream) prod() {
-	select {
-	case st.poke <- struct{}{}:
-	default:
-	}
-}
-
-// ask runs f on the owner's goroutine and returns after it, or reports that the
-// stream has ended: then nobody changes its state any more.
+// ask runs f where the state may be read, or reports that the stream has ended:
+// then nobody changes its state any more.
 func (st *stream) ask(f func(*state)) bool {
-	done := make(chan struct{})
-	select {
-	case st.asks <- func(s *state) { defer close(done); f(s) }:
-		<-done
-		return true
-	case <-st.ended:
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	if st.closed {
 		return false
 	}
+	f(st.state)
+	return true
 }
 
 // identify checks who a node claims to be, and whether it may be served here.
@@ -212,7 +259,8 @@ func (v *service) firstWorld(ctx context.Context) error {
 }
 
 // welcome checks who a proxy is, waits for the first World and registers it.
-func (v *service) welcome(ctx context.Context, node *corev3.Node) (*stream, error) {
+func (v *service) welcome(gs grpc.ServerStream, node *corev3.Node) (*stream, error) {
+	ctx := gs.Context()
 	identity, err := v.identify(ctx, node)
 	if err != nil {
 		return nil, err
@@ -222,7 +270,7 @@ func (v *service) welcome(ctx context.Context, node *corev3.Node) (*stream, erro
 	}
 	st := &stream{
 		id: identity.String(), identity: identity, version: envoyVersion(node), metadata: metadataOf(node), since: v.cfg.Now(),
-		poke: make(chan struct{}, 1), asks: make(chan func(*state)), replaced: make(chan struct{}), ended: make(chan struct{}),
+		wire: gs, beside: &v.wg, replaced: make(chan struct{}), ended: make(chan struct{}),
 	}
 	st.replace = sync.OnceFunc(func() { close(st.replaced) })
 	if err := v.register(ctx, st); err != nil {
@@ -275,9 +323,12 @@ func (s *Server) register(ctx context.Context, st *stream) error {
 }
 
 func (s *Server) unregister(st *stream) {
+	st.mu.Lock()
+	st.closed = true
 	st.final = st.status(false)
 	st.final.Since = s.cfg.Now()
 	st.state.view, st.at = nothing{}, nil // lets the World go
+	st.mu.Unlock()
 	s.mu.Lock()
 	delete(s.live, st.id)
 	s.gone[st.id] = st
@@ -292,73 +343,67 @@ func (s *Server) unregister(st *stream) {
 	close(st.ended)
 }
 
-// own is the owner's loop: it feeds the state and hands what comes out to the
-// sender, one response at a time, so that each is made from the newest World.
-func (v *service) own(st *stream, gs grpc.ServerStream, requests <-chan *discovery.DeltaDiscoveryRequest, failed <-chan error) error {
-	out, sent := make(chan *response, 1), make(chan struct{}, 1)
-	defer close(out)
-	v.wg.Go(func() { v.send(gs, out, sent) })
-	var at position // last told to the tracker
-	for idle := true; ; {
-		if idle {
-			if r := st.state.next(); r != nil {
-				out <- r
-				idle = false
-			}
+// flush hands what is to be sent to the network, one response at a time, so that
+// each is made from the newest World. st.mu is held.
+func (s *Server) flush(st *stream) {
+	for !st.sending {
+		r := st.state.next()
+		if r == nil {
+			break
 		}
-		if now := st.state.progress(); now != at {
-			at = now
-			if v.tracker.move(st.mark, at) {
-				v.wakeUp()
-			}
+		if st.state.unacked()-r.size <= sendsAtOnce {
+			s.send(st, r)
+			continue
 		}
-		select {
-		case q := <-requests:
-			v.handle(st, q)
-		case <-sent:
-			idle = true
-		case <-st.poke:
-			v.advance(st)
-		case f := <-st.asks:
-			f(st.state)
-		case err := <-failed:
-			return err
-		case <-gs.Context().Done():
-			return gs.Context().Err()
-		case <-st.replaced:
-			return status.Errorf(codes.Aborted, "node id %q: a newer proxy has come with this id", st.id)
-		case <-v.ctx.Done():
-			return errStopping
+		// It may have to wait for the client to read what came before.
+		st.sending = true
+		st.beside.Go(func() {
+			err := st.wire.SendMsg(r)
+			st.mu.Lock()
+			defer st.mu.Unlock()
+			st.sending = err != nil // then the stream has ended
+			if err == nil && !st.closed {
+				s.count(r)
+				s.flush(st)
+			}
+		})
+	}
+	if now := st.state.progress(); now != st.told {
+		st.told = now
+		if s.tracker.move(st.mark, now) {
+			s.wakeUp()
 		}
 	}
 }
 
-// send is the sender's loop. When sending fails the stream has ended, which the
-// owner sees by itself.
-func (v *service) send(gs grpc.ServerStream, out <-chan *response, sent chan<- struct{}) {
-	for r := range out {
-		if gs.SendMsg(r) != nil {
-			return
-		}
-		v.metrics.responses[r.Type].Inc()
-		v.metrics.bytes.Add(float64(r.size()))
-		sent <- struct{}{}
-	}
-}
-
-func (v *service) handle(st *stream, q *discovery.DeltaDiscoveryRequest) {
-	t, ok := envoy.TypeOf(q.GetTypeUrl())
-	if !ok {
-		v.cfg.Log.Debug("xds: proxy asks for a type that is not served", "proxy", st.id, "type", q.GetTypeUrl())
+// send hands a response to gRPC where that does not wait for the network.
+func (s *Server) send(st *stream, r *response) {
+	if st.wire.SendMsg(r) != nil {
+		st.sending = true // the stream has ended, which its handler sees by itself
 		return
 	}
-	if e := q.GetErrorDetail(); e != nil {
+	s.count(r)
+}
+
+func (s *Server) count(r *response) {
+	s.metrics.responses[r.Type].Inc()
+	s.metrics.bytes.Add(float64(r.size))
+}
+
+// handle takes a request. st.mu is held.
+func (v *service) handle(st *stream, q *request) {
+	t, ok := envoy.TypeOf(q.typeURL)
+	if !ok {
+		v.cfg.Log.Debug("xds: proxy asks for a type that is not served", "proxy", st.id, "type", q.typeURL)
+		return
+	}
+	if q.refused {
 		v.metrics.nacks[t].Inc()
 	}
-	v.audience.subscribe(st, t, q.GetResourceNamesSubscribe(), st.state.asksForAll(t, q.GetResourceNamesSubscribe()))
+	v.audience.subscribe(st, t, q.subscribe, st.state.asksForAll(t, q.subscribe))
 	v.advance(st) // what came before the audience knew of this
 	rejected := st.state.request(t, q, v.cfg.Now())
-	v.audience.unsubscribe(st, t, q.GetResourceNamesUnsubscribe())
+	v.audience.unsubscribe(st, t, q.unsubscribe)
 	if a := &st.state.taken; len(a.clusters) > 0 {
 		if v.cfg.OnAck != nil {
 			v.cfg.OnAck(st.id, a.version, a.clusters)
@@ -378,7 +423,7 @@ func (v *service) handle(st *stream, q *discovery.DeltaDiscoveryRequest) {
 	}
 }
 
-// advance moves a stream to the newest World.
+// advance moves a stream to the newest World. st.mu is held.
 func (s *Server) advance(st *stream) {
 	var changes []envoy.Change
 	names := 0

@@ -2,7 +2,6 @@ package main
 
 import (
 	"fmt"
-	"maps"
 	"net/netip"
 	"slices"
 
@@ -79,6 +78,7 @@ func newWorld(s size) *world {
 func (w *world) build() (*envoy.Translation, envoy.Change) {
 	before := w.translation
 	w.snapshot = lb.Build(w.snapshot, w.input)
+	w.input.Same = true
 	w.translation = envoy.Translate(before, w.snapshot, nil)
 	return w.translation, w.translation.Since(before)
 }
@@ -92,7 +92,7 @@ func moved(n int) netip.Addr {
 // elsewhere.
 func (w *world) move(services ...int) {
 	next := *w.input.Catalog
-	next.Groups = maps.Clone(next.Groups)
+	groups := next.Groups.Edit()
 	for _, service := range services {
 		w.moves++
 		first := w.instance(service, 0)
@@ -101,8 +101,9 @@ func (w *world) move(services ...int) {
 		for n := 1; n < w.Each; n++ {
 			instances = append(instances, w.instance(service, n))
 		}
-		next.Groups[w.key(service)] = discovery.NewCatalog(instances).Groups[w.key(service)]
+		groups.Set(w.key(service), discovery.NewCatalog(instances).Groups.Get(w.key(service)))
 	}
+	next.Groups = groups.Table()
 	w.input.Catalog = &next
 }
 
