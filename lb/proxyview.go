@@ -5,8 +5,10 @@ import "slices"
 // Sight is which services a proxy may hold, by who it is.
 type Sight struct {
 	role     Role
-	tenants  map[string]bool // whose callers it serves
-	services map[Key]bool    // whose instances it stands beside
+	tenant   string          // of a sidecar
+	service  Key             // that a sidecar stands beside
+	tenants  map[string]bool // whose callers a node proxy serves
+	services map[Key]bool    // whose instances are on its host
 	all      bool
 	gateway  map[Key]bool // what a gateway's routes go to
 }
@@ -18,8 +20,7 @@ func (s *Snapshot) SightOf(id Identity) Sight {
 	v := Sight{role: id.Role}
 	switch id.Role {
 	case Sidecar:
-		v.tenants = map[string]bool{id.Tenant: true}
-		v.services = map[Key]bool{{Tenant: id.Tenant, Service: id.Service}: true}
+		v.tenant, v.service = id.Tenant, Key{Tenant: id.Tenant, Service: id.Service}
 	case Node:
 		tenants, all := s.Callers.Tenants(id.Node)
 		v.all, v.tenants, v.services = all, map[string]bool{}, s.Callers.Services(id.Node)
@@ -54,15 +55,25 @@ func (v Sight) Sees(s *Service) bool {
 	if v.role == Gateway {
 		return v.gateway[s.Key] || s.Dedicated.IsValid()
 	}
-	if v.all || v.tenants[s.Key.Tenant] {
+	if v.all || v.serves(s.Key.Tenant) {
 		return true
 	}
 	for _, g := range s.Spec.Allow {
-		if g.Service == "" && v.tenants[g.Tenant] || v.services[Key{Tenant: g.Tenant, Service: g.Service}] {
+		if g.Service == "" && v.serves(g.Tenant) {
+			return true
+		}
+		if k := (Key{Tenant: g.Tenant, Service: g.Service}); v.role == Sidecar && v.service == k || v.services[k] {
 			return true
 		}
 	}
 	return false
+}
+
+func (v Sight) serves(tenant string) bool {
+	if v.role == Sidecar {
+		return v.tenant == tenant
+	}
+	return v.tenants[tenant]
 }
 
 // SameOn tells whether both say the same of who is who on a node.

@@ -1,6 +1,8 @@
 package xds
 
 import (
+	"cmp"
+	"encoding/binary"
 	"slices"
 	"strings"
 
@@ -72,6 +74,13 @@ func (b *bag[V]) set(name string, v V) {
 	b.most = max(b.most, len(b.m))
 }
 
+// reserve makes room for n keys where there is none yet.
+func (b *bag[V]) reserve(n int) {
+	if len(b.m) == 0 && n > bagKeeps {
+		b.m, b.most = make(map[string]V, n), n
+	}
+}
+
 func (b *bag[V]) del(name string) {
 	delete(b.m, name)
 	if len(b.m) == 0 && b.most > bagKeeps {
@@ -80,3 +89,63 @@ func (b *bag[V]) del(name string) {
 }
 
 func (b *bag[V]) len() int { return len(b.m) }
+
+// expectAtMost bounds what is made ready for resources that may come.
+const expectAtMost = 4096
+
+// sortByName puts a list in the order of its names. Names of a fleet are alike and
+// many: what follows their common beginning is compared as a number.
+func sortByName[T any](list []T, name func(T) string) {
+	if slices.IsSortedFunc(list, func(a, b T) int { return strings.Compare(name(a), name(b)) }) {
+		return
+	}
+	skip := len(name(list[0]))
+	for _, v := range list {
+		skip = common(name(v), name(list[0])[:skip])
+	}
+	type key struct {
+		number uint64
+		at     int32
+	}
+	keys := make([]key, len(list))
+	for i, v := range list {
+		var head [8]byte
+		copy(head[:], name(v)[skip:])
+		keys[i] = key{binary.BigEndian.Uint64(head[:]), int32(i)}
+	}
+	slices.SortFunc(keys, func(a, b key) int {
+		if a.number != b.number {
+			return cmp.Compare(a.number, b.number)
+		}
+		return strings.Compare(name(list[a.at]), name(list[b.at]))
+	})
+	sorted := make([]T, len(list))
+	for i, k := range keys {
+		sorted[i] = list[k.at]
+	}
+	copy(list, sorted)
+}
+
+// common is how many bytes two texts begin with alike.
+func common(a, b string) int {
+	n := min(len(a), len(b))
+	for i := range n {
+		if a[i] != b[i] {
+			return i
+		}
+	}
+	return n
+}
+
+// sortedNames are the keys of a map, in order.
+func sortedNames[V any](m map[string]V) []string {
+	if len(m) == 0 {
+		return nil
+	}
+	names := make([]string, 0, len(m))
+	for name := range m {
+		names = append(names, name)
+	}
+	sortByName(names, func(name string) string { return name })
+	return names
+}

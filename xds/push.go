@@ -3,7 +3,6 @@ package xds
 import (
 	"maps"
 	"slices"
-	"strings"
 
 	"github.com/roostmesh/roost/xds/envoy"
 )
@@ -48,8 +47,9 @@ func (s *state) next() *response {
 func (s *state) answer(t envoy.Type) *response {
 	ts := &s.types[t]
 	b := batch{since: s.version}
-	for _, name := range slices.Sorted(maps.Keys(ts.answers.m)) {
-		r := s.sendable(t, name)
+	b.expect(ts.answers.len())
+	for _, name := range sortedNames(ts.answers.m) {
+		r, current := s.sendable(t, name)
 		if r != nil && !b.add(r) {
 			break
 		}
@@ -59,7 +59,7 @@ func (s *state) answer(t envoy.Type) *response {
 		case r == nil && (ts.held.get(name) == nil || ts.last(name) == nil):
 			b.removed = append(b.removed, name)
 		case r == nil: // it keeps the version that we cannot repeat
-		case s.current(r):
+		case current:
 			b.owe(ts.dirty.get(name))
 			ts.dirty.del(name)
 			ts.again.del(name)
@@ -71,21 +71,22 @@ func (s *state) answer(t envoy.Type) *response {
 	return s.send(t, &b)
 }
 
-// sendable is the version of a resource that may be sent: the view's, or when
-// the client refused that or it is gone, the one that it has or is getting.
-func (s *state) sendable(t envoy.Type, name string) *envoy.Resource {
+// sendable is the version of a resource that may be sent: the view's, which is the
+// current one, or when the client refused that or it is gone, the one that it has
+// or is getting.
+func (s *state) sendable(t envoy.Type, name string) (sendable *envoy.Resource, current bool) {
 	ts := &s.types[t]
 	r := s.view.Get(envoy.Name{Type: t, Name: name})
 	if r != nil && !ts.refuses(r) {
-		return r
+		return r, true
 	}
 	if last := ts.last(name); last != nil && last.Body != nil && !ts.refuses(last) {
-		return last
+		return last, r != nil && last.Version == r.Version
 	}
 	if held := ts.held.get(name); held != nil && held.Body != nil && !ts.refuses(held) && r != nil {
-		return held
+		return held, held.Version == r.Version
 	}
-	return nil
+	return nil, false
 }
 
 // current says that this is the view's version of the resource.
@@ -126,6 +127,7 @@ func (s *state) push(t envoy.Type) (r *response, more bool) {
 		return nil, blocked
 	}
 	b := batch{since: s.version}
+	b.expect(len(ready))
 	b.owe(ts.owed)
 	ts.owed = 0
 	for _, r := range ready {
@@ -157,7 +159,7 @@ func (s *state) due(t envoy.Type) (ready []*envoy.Resource, blocked bool) {
 			ready = append(ready, r)
 		}
 	}
-	slices.SortFunc(ready, func(a, b *envoy.Resource) int { return strings.Compare(a.Name.Name, b.Name.Name) })
+	sortByName(ready, func(r *envoy.Resource) string { return r.Name.Name })
 	return ready, blocked
 }
 
@@ -175,7 +177,7 @@ func (s *state) owes(t envoy.Type, name string) (r *envoy.Resource, done bool) {
 		return nil, last == nil
 	}
 	if ts.refuses(r) {
-		if old := s.sendable(t, name); forced && old != nil {
+		if old, _ := s.sendable(t, name); forced && old != nil {
 			return old, false
 		}
 		return nil, true
@@ -380,6 +382,9 @@ func (b *batch) add(r *envoy.Resource) bool {
 	return true
 }
 
+// expect makes room for n resources, so many of them as one response may have.
+func (b *batch) expect(n int) { b.resources = make([]*envoy.Resource, 0, min(n, expectAtMost)) }
+
 func (b *batch) owe(since uint64) {
 	if since > 0 && since < b.since {
 		b.since = since
@@ -395,29 +400,29 @@ func (s *state) send(t envoy.Type, b *batch) *response {
 		r.size += len(name)
 	}
 	ts.out = append(ts.out, r)
-	for _, res := range r.resources {
-		ts.flight.set(res.Name.Name, flying{r.nonce, res})
-		s.follow(res)
-	}
-	for _, name := range r.removed {
-		ts.flight.set(name, flying{r.nonce, nil})
-	}
+	s.follow(r)
 	return r
 }
 
-func (s *state) follow(r *envoy.Resource) {
-	switch r.Type {
-	case envoy.Cluster:
-		s.repeat(envoy.Name{Type: envoy.Endpoint, Name: r.Name.Name})
-		for _, ref := range r.Refs {
-			if ref.Type == envoy.Endpoint {
-				s.repeat(ref)
+func (s *state) follow(r *response) {
+	if ts := &s.types[envoy.Endpoint]; r.Type == envoy.Cluster && !ts.started {
+		ts.again.reserve(len(r.resources))
+	}
+	for _, res := range r.resources {
+		switch r.Type {
+		case envoy.Cluster:
+			own := envoy.Name{Type: envoy.Endpoint, Name: res.Name.Name}
+			s.repeat(own)
+			for _, ref := range res.Refs {
+				if ref.Type == envoy.Endpoint && ref != own {
+					s.repeat(ref)
+				}
 			}
-		}
-	case envoy.Listener:
-		for _, ref := range r.Refs {
-			if ref.Type == envoy.Route || ref.Type == envoy.Extension {
-				s.repeat(ref)
+		case envoy.Listener:
+			for _, ref := range res.Refs {
+				if ref.Type == envoy.Route || ref.Type == envoy.Extension {
+					s.repeat(ref)
+				}
 			}
 		}
 	}

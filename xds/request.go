@@ -3,7 +3,6 @@ package xds
 import (
 	"errors"
 	"fmt"
-	"slices"
 	"strings"
 	"unicode/utf8"
 
@@ -53,9 +52,12 @@ type holding struct{ name, version string }
 
 // decode reads a message. Nothing of it is built before its bounds are known.
 func (q *request) decode(b []byte) error {
-	*q = request{}
+	subscribed, versions, err := count(b)
+	if err != nil {
+		return err
+	}
+	*q = request{subscribe: make([]string, 0, subscribed), versions: make([]holding, 0, versions)}
 	text := string(b)
-	names := 0
 	for at := 0; at < len(b); {
 		num, typ, n := protowire.ConsumeTag(b[at:])
 		if n < 0 {
@@ -75,27 +77,49 @@ func (q *request) decode(b []byte) error {
 		}
 		s := text[at+n-len(v) : at+n]
 		at += n
-		if num >= fieldSubscribe && num <= fieldVersions {
-			if names++; names > maxNames {
-				return fmt.Errorf("a request names more than %d resources", maxNames)
-			}
-		}
 		if err := q.field(num, v, s); err != nil {
 			return err
 		}
 	}
-	if !slices.IsSortedFunc(q.versions, compareHoldings) {
-		slices.SortStableFunc(q.versions, compareHoldings)
-	}
+	sortByName(q.versions, func(h holding) string { return h.name })
 	return nil
 }
 
-func compareHoldings(a, b holding) int { return strings.Compare(a.name, b.name) }
+// count looks at how much a message holds before any of it is kept.
+func count(b []byte) (subscribed, versions int, err error) {
+	names := 0
+	for len(b) > 0 {
+		num, typ, n := protowire.ConsumeTag(b)
+		if n < 0 {
+			return 0, 0, protowire.ParseError(n)
+		}
+		end := protowire.ConsumeFieldValue(num, typ, b[n:])
+		if end < 0 {
+			return 0, 0, protowire.ParseError(end)
+		}
+		b = b[n+end:]
+		switch {
+		case num == fieldSubscribe:
+			subscribed++
+		case num == fieldVersions:
+			versions++
+		case num != fieldUnsubscribe:
+			continue
+		}
+		if names++; names > maxNames {
+			return 0, 0, fmt.Errorf("a request names more than %d resources", maxNames)
+		}
+	}
+	return subscribed, versions, nil
+}
 
 // field takes one field, whose value is v and, as text, s.
 func (q *request) field(num protowire.Number, v []byte, s string) error {
-	if num > fieldNode && num != fieldVersions && num != fieldErrorDetail && !utf8.ValidString(s) {
-		return errNotUTF8
+	switch num {
+	case fieldRequestType, fieldSubscribe, fieldUnsubscribe, fieldResponseNonce:
+		if !utf8.ValidString(s) {
+			return errNotUTF8
+		}
 	}
 	switch num {
 	case fieldNode:

@@ -44,28 +44,31 @@ func (s *state) settle(t envoy.Type, q *request, now time.Time) []rejection {
 		return s.nack(r, q.message, now)
 	}
 	for _, res := range r.resources {
-		s.accept(res)
-		if t == envoy.Endpoint {
-			s.taken.version, s.taken.clusters = r.world, append(s.taken.clusters, res.Name.Name)
+		s.accept(res, r.world == s.version)
+	}
+	if t == envoy.Endpoint && len(r.resources) > 0 {
+		s.taken.version, s.taken.clusters = r.world, slices.Grow(s.taken.clusters, len(r.resources))
+		for _, res := range r.resources {
+			s.taken.clusters = append(s.taken.clusters, res.Name.Name)
 		}
 	}
 	for _, name := range r.removed {
 		s.letGo(t, name)
 	}
-	ts.land(r)
 	if t == envoy.Listener && len(r.removed) > 0 {
 		s.release(textDuplicate)
 	}
 	return nil
 }
 
-// accept notes that the client has taken a version.
-func (s *state) accept(r *envoy.Resource) {
+// accept notes that the client has taken a version. same says that the view is the
+// one that it was sent from.
+func (s *state) accept(r *envoy.Resource, same bool) {
 	ts := &s.types[r.Type]
 	name := r.Name.Name
 	if s.wants(r.Type, name) {
 		s.hold(r)
-		if !s.current(r) {
+		if (!same || ts.refused.len() > 0) && !s.current(r) {
 			ts.owe(name, s.version) // the name was let go and taken again since
 		}
 	}
@@ -78,26 +81,11 @@ func (s *state) accept(r *envoy.Resource) {
 	}
 }
 
-// land takes a response's resources out of flight, but those sent again since.
-func (ts *typeState) land(r *response) {
-	for _, res := range r.resources {
-		if ts.flight.get(res.Name.Name).nonce == r.nonce {
-			ts.flight.del(res.Name.Name)
-		}
-	}
-	for _, name := range r.removed {
-		if ts.flight.get(name).nonce == r.nonce {
-			ts.flight.del(name)
-		}
-	}
-}
-
 // nack takes the refusal of a response. Envoy's listener and cluster managers
 // name what they refuse and apply the rest. Other handlers stop at the first
 // fault, so the rest is sent again; when the text names nothing, one by one.
 func (s *state) nack(r *response, text string, now time.Time) (rejected []rejection) {
 	ts := &s.types[r.Type]
-	ts.land(r)
 	if len(r.resources) == 0 {
 		return nil // Nothing more to try: what it has not removed it keeps.
 	}
@@ -105,16 +93,16 @@ func (s *state) nack(r *response, text string, now time.Time) (rejected []reject
 	guilty, applied := blame(r, text)
 	for _, res := range r.resources {
 		name := res.Name.Name
-		f := ts.flight.get(name)
+		later, _ := ts.onItsWay(name)
 		switch {
 		case applied && guilty[name] == "":
-			s.accept(res)
+			s.accept(res, false)
 		case !s.wants(r.Type, name):
 		case !s.current(res):
 			ts.owe(name, r.since)
 		case guilty[name] != "":
 			rejected = s.refuse(res, guilty[name], now, rejected)
-		case f.res != nil && f.res.Version == res.Version: // sent again since: that answer decides
+		case later != nil && later.Version == res.Version: // sent again since: that answer decides
 		case len(guilty) > 0:
 			s.again(res, r.since)
 		default:

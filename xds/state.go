@@ -1,6 +1,7 @@
 package xds
 
 import (
+	"iter"
 	"maps"
 	"slices"
 	"strconv"
@@ -56,8 +57,7 @@ type typeState struct {
 	// to the versions that the first request names, and is dropped then.
 	earlier holdings
 
-	out    []*response // sent, neither ACKed nor NACKed, oldest first
-	flight bag[flying] // the newest of out by resource name
+	out []*response // sent, neither ACKed nor NACKed, oldest first
 
 	answers  bag[uint64]   // since: subscribed and not answered yet
 	dirty    bag[uint64]   // since: may differ from what the view says
@@ -66,12 +66,6 @@ type typeState struct {
 	refused  bag[*refusal]
 
 	lastError string // of the last NACK, until nothing is refused any more
-}
-
-// flying is a resource on its way; res is nil for a removal.
-type flying struct {
-	nonce string
-	res   *envoy.Resource
 }
 
 type suspect struct {
@@ -91,9 +85,9 @@ type refusal struct {
 type response struct {
 	envoy.Type
 	nonce     string
-	world     uint64 // its version
-	resources []*envoy.Resource
-	removed   []string
+	world     uint64            // its version
+	resources []*envoy.Resource // by name
+	removed   []string          // in order
 	since     uint64
 	size      int // of its bodies and names, in bytes
 }
@@ -148,25 +142,29 @@ func (s *state) request(t envoy.Type, q *request, now time.Time) []rejection {
 func (s *state) begin(t envoy.Type, subscribe []string, versions []holding) {
 	ts := &s.types[t]
 	all := t.Wildcard() && len(subscribe) == 0 || t.Wildcard() && slices.Contains(subscribe, wildcardName)
-	if !slices.IsSorted(subscribe) {
-		subscribe = slices.Sorted(slices.Values(subscribe))
-	}
-	next := 0 // of subscribe: both lists are in order
-	for _, v := range versions {
-		for next < len(subscribe) && subscribe[next] < v.name {
-			next++
+	subscribe = slices.DeleteFunc(subscribe, func(name string) bool { return name == wildcardName })
+	sortByName(subscribe, func(name string) string { return name })
+	for _, v := range versions { // both lists are in order
+		for len(subscribe) > 0 && subscribe[0] < v.name {
+			s.subscribe(t, subscribe[0])
+			subscribe = subscribe[1:]
 		}
-		named := next < len(subscribe) && subscribe[next] == v.name
+		named := len(subscribe) > 0 && subscribe[0] == v.name
+		if named {
+			subscribe = subscribe[1:]
+		}
 		if v.name != wildcardName && (named || all) {
 			s.resume(t, v, named)
 		}
 	}
-	for _, name := range subscribe {
-		if ts.held.get(name) == nil || name == wildcardName {
-			s.subscribe(t, name)
-		}
+	if len(versions) == 0 {
+		ts.named.reserve(len(subscribe))
+		ts.answers.reserve(len(subscribe))
 	}
-	if all && !ts.wildcard {
+	for _, name := range subscribe {
+		s.subscribe(t, name)
+	}
+	if all {
 		s.subscribe(t, wildcardName)
 	}
 	if len(versions) > 0 {
@@ -235,10 +233,24 @@ func (s *state) subscribe(t envoy.Type, name string) {
 		ts.answers.set(name, s.version)
 	case t.Wildcard():
 		ts.wildcard, ts.owed = true, s.version
-		for r := range s.view.All(t) {
-			if ts.held.get(r.Name.Name) != r || ts.again.has(r.Name.Name) {
-				s.mark(t, r.Name.Name, s.version)
-			}
+		s.markAll(t)
+	}
+}
+
+// markAll marks what the client has not of all that the wildcard covers. Both lists
+// are in order.
+func (s *state) markAll(t envoy.Type) {
+	ts := &s.types[t]
+	held := ts.held.sorted
+	if len(held) == 0 {
+		ts.dirty.reserve(expectAtMost)
+	}
+	for r := range s.view.All(t) {
+		for len(held) > 0 && held[0].Name.Name < r.Name.Name {
+			held = held[1:]
+		}
+		if len(held) == 0 || held[0] != r || ts.again.has(r.Name.Name) {
+			s.mark(t, r.Name.Name, s.version)
 		}
 	}
 }
@@ -298,7 +310,9 @@ func (s *state) names(t envoy.Type) []string {
 	for _, r := range ts.held.sorted {
 		all[r.Name.Name] = struct{}{}
 	}
-	collect(all, ts.flight.m)
+	for name := range ts.flying() {
+		all[name] = struct{}{}
+	}
 	collect(all, ts.answers.m)
 	collect(all, ts.dirty.m)
 	collect(all, ts.suspects.m)
@@ -399,10 +413,56 @@ func (s *state) mark(t envoy.Type, name string, since uint64) {
 
 // last is what the client has once it has taken all that is on its way.
 func (ts *typeState) last(name string) *envoy.Resource {
-	if f, ok := ts.flight.m[name]; ok {
-		return f.res
+	if r, ok := ts.onItsWay(name); ok {
+		return r
 	}
 	return ts.held.get(name)
+}
+
+// onItsWay is the newest version of a resource that was sent and not answered; nil
+// is a removal.
+func (ts *typeState) onItsWay(name string) (r *envoy.Resource, ok bool) {
+	for _, o := range slices.Backward(ts.out) {
+		if r, ok = o.find(name); ok {
+			return r, true
+		}
+	}
+	return nil, false
+}
+
+// flying lists what is on its way, the newest version of each name; nil is a
+// removal.
+func (ts *typeState) flying() iter.Seq2[string, *envoy.Resource] {
+	return func(yield func(string, *envoy.Resource) bool) {
+		for i, o := range slices.Backward(ts.out) {
+			newer := func(name string) bool {
+				return slices.ContainsFunc(ts.out[i+1:], func(o *response) bool {
+					_, ok := o.find(name)
+					return ok
+				})
+			}
+			for _, r := range o.resources {
+				if !newer(r.Name.Name) && !yield(r.Name.Name, r) {
+					return
+				}
+			}
+			for _, name := range o.removed {
+				if !newer(name) && !yield(name, nil) {
+					return
+				}
+			}
+		}
+	}
+}
+
+// find returns what a response says of a resource; nil is a removal.
+func (r *response) find(name string) (*envoy.Resource, bool) {
+	i, ok := slices.BinarySearchFunc(r.resources, name, func(r *envoy.Resource, name string) int { return strings.Compare(r.Name.Name, name) })
+	if ok {
+		return r.resources[i], true
+	}
+	_, ok = slices.BinarySearch(r.removed, name)
+	return nil, ok
 }
 
 // mayHave is what the client is left with when its stream ends: what it was sent
@@ -412,9 +472,9 @@ func (ts *typeState) mayHave() holdings {
 		return ts.earlier
 	}
 	all := holdings{slices.Clone(ts.held.sorted)}
-	for name, f := range ts.flight.m {
-		if f.res != nil && all.get(name) == nil {
-			all.put(f.res)
+	for name, r := range ts.flying() {
+		if r != nil && all.get(name) == nil {
+			all.put(r)
 		}
 	}
 	return all

@@ -149,8 +149,8 @@ func (st *stream) holders(p *state, t envoy.Type, wanted func(name string) bool,
 			all = append(all, Holder{h.ID, name, h.Connected, h.Since})
 		}
 	}
-	for name, f := range ts.flight.m {
-		if known.get(name) == nil && f.res != nil && wanted(name) {
+	for name, r := range ts.flying() {
+		if known.get(name) == nil && r != nil && wanted(name) {
 			all = append(all, Holder{h.ID, name, h.Connected, h.Since})
 		}
 	}
@@ -208,11 +208,11 @@ func (st *stream) status(connected bool) ProxyStatus {
 func (s *state) count(t envoy.Type) TypeStatus {
 	ts := &s.types[t]
 	c := TypeStatus{Sent: ts.held.len(), Acked: ts.held.len(), LastError: ts.lastError}
-	for name, f := range ts.flight.m {
+	for name, r := range ts.flying() {
 		switch {
 		case ts.held.get(name) != nil:
 			c.Acked--
-		case f.res != nil:
+		case r != nil:
 			c.Sent++
 		}
 	}
@@ -222,7 +222,7 @@ func (s *state) count(t envoy.Type) TypeStatus {
 		}
 		c.Rejected++
 		held := ts.held.get(name) != nil
-		flies := ts.flight.has(name)
+		_, flies := ts.onItsWay(name)
 		switch {
 		case held && !flies:
 			c.Acked--
