@@ -41,7 +41,7 @@ type request struct {
 	typeURL     string
 	subscribe   []string
 	unsubscribe []string
-	versions    []holding // by name
+	versions    []holding
 	nonce       string
 	refused     bool // it has an error_detail
 	message     string
@@ -81,7 +81,6 @@ func (q *request) decode(b []byte) error {
 			return err
 		}
 	}
-	sortByName(q.versions, func(h holding) string { return h.name })
 	return nil
 }
 

@@ -1,6 +1,7 @@
 package xds
 
 import (
+	"hash/maphash"
 	"iter"
 	"maps"
 	"slices"
@@ -143,6 +144,11 @@ func (s *state) begin(t envoy.Type, subscribe []string, versions []holding) {
 	ts := &s.types[t]
 	all := t.Wildcard() && len(subscribe) == 0 || t.Wildcard() && slices.Contains(subscribe, wildcardName)
 	subscribe = slices.DeleteFunc(subscribe, func(name string) bool { return name == wildcardName })
+	if whole := s.whole(t, subscribe, versions); whole != nil {
+		ts.held, subscribe, versions = holdings{whole}, nil, nil
+		ts.resumed = true
+	}
+	sortByName(versions, func(h holding) string { return h.name })
 	sortByName(subscribe, func(name string) string { return name })
 	for _, v := range versions { // both lists are in order
 		for len(subscribe) > 0 && subscribe[0] < v.name {
@@ -167,8 +173,9 @@ func (s *state) begin(t envoy.Type, subscribe []string, versions []holding) {
 	if all {
 		s.subscribe(t, wildcardName)
 	}
-	if len(versions) > 0 {
-		ts.resumed, ts.owed = true, 0
+	ts.resumed = ts.resumed || len(versions) > 0
+	if ts.resumed {
+		ts.owed = 0
 	}
 	ts.earlier = holdings{}
 	for name := range ts.again.m {
@@ -177,6 +184,50 @@ func (s *state) begin(t envoy.Type, subscribe []string, versions []holding) {
 		}
 	}
 	s.unpruned = true
+}
+
+// whole returns all that the view has of a type where just that is what the client
+// says it has, and nothing of it has to be sent again: most clients that come back.
+// Otherwise it returns nil. Lists that differ have another sum of fingerprints.
+func (s *state) whole(t envoy.Type, subscribe []string, versions []holding) []*envoy.Resource {
+	named := t.Wildcard() && len(subscribe) == 0 || !t.Wildcard() && len(subscribe) == len(versions)
+	if len(versions) == 0 || !named || s.types[t].again.len() > 0 || !t.Wildcard() && t != envoy.Endpoint {
+		return nil
+	}
+	var names, theirs, ours uint64
+	for _, name := range subscribe {
+		names += fingerprint(name, "")
+	}
+	for _, v := range versions {
+		if len(subscribe) > 0 {
+			names -= fingerprint(v.name, "")
+		}
+		theirs += fingerprint(v.name, v.version)
+	}
+	if names != 0 {
+		return nil
+	}
+	all := make([]*envoy.Resource, 0, len(versions))
+	for r := range s.view.All(t) {
+		if len(all) == len(versions) {
+			return nil
+		}
+		all = append(all, r)
+		ours += fingerprint(r.Name.Name, r.Version)
+	}
+	if ours != theirs || len(all) != len(versions) {
+		return nil
+	}
+	return all
+}
+
+// fingerprints are of this process: no client can make two that are alike.
+var fingerprints = maphash.MakeSeed()
+
+// fingerprint tells a version of a resource from all others, and the sum of many a
+// set of versions from all other sets.
+func fingerprint(name, version string) uint64 {
+	return maphash.String(fingerprints, name) * (maphash.String(fingerprints, version) | 1)
 }
 
 // resume takes a version that the client has from an earlier stream.

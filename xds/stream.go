@@ -39,6 +39,9 @@ const (
 	sendsAtOnce = 32 << 10
 	// readBuffer is that of a connection; nearly all requests are small.
 	readBuffer = 4 << 10
+	// window is how much a client may send before it is read. It is fixed: to
+	// estimate it gRPC would ping a client for each of its ACKs.
+	window     = 1 << 20
 	wantsDelta = "state-of-the-world ADS is not served: set api_type: DELTA_GRPC in ads_config"
 )
 
@@ -62,6 +65,7 @@ func (s *Server) Serve(ctx context.Context, l Listener) error {
 		grpc.ForceServerCodecV2(newCodec(name)), grpc.WaitForHandlers(true),
 		grpc.MaxRecvMsgSize(maxRequest), grpc.MaxHeaderListSize(maxHeaders), grpc.MaxConcurrentStreams(maxStreams),
 		grpc.ConnectionTimeout(handshake), grpc.SharedWriteBuffer(true), grpc.ReadBufferSize(readBuffer),
+		grpc.StaticStreamWindowSize(window), grpc.StaticConnWindowSize(window),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: pingAfter, Timeout: pingTimeout}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: pingAtMost, PermitWithoutStream: true}),
 	)

@@ -92,7 +92,7 @@ type View interface {
 	// Get returns a resource, or nil where the proxy may not hold it or it does
 	// not exist.
 	Get(n Name) *Resource
-	// All lists the resources of a wildcard type, ordered by name.
+	// All lists the resources of a wildcard type, or the endpoints, ordered by name.
 	All(t Type) iter.Seq[*Resource]
 	// Limited says that listeners are left out for want of file descriptors:
 	// which ones depends on all of them.

@@ -179,7 +179,7 @@ func find(list []*Resource, n Name) *Resource {
 	return nil
 }
 
-// All lists the resources of a wildcard type, ordered by name.
+// All lists the resources of a wildcard type, or the endpoints, ordered by name.
 func (v *view) All(t Type) iter.Seq[*Resource] {
 	list := v.list(t)
 	if t == Listener && v.Limited() {
@@ -195,6 +195,8 @@ func (v *view) list(t Type) []*Resource {
 		switch {
 		case t == Cluster && v.holds(s):
 			list = append(list, s.clusters...)
+		case t == Endpoint && v.holds(s):
+			list = append(list, s.endpoints...)
 		case t == Listener && v.sees(s):
 			list = append(list, v.listeners(s)...)
 		}
@@ -209,6 +211,8 @@ func (v *view) list(t Type) []*Resource {
 			list = append(list, capture(v.id.Role))
 		}
 	}
-	slices.SortFunc(list, compareResources)
+	if !slices.IsSortedFunc(list, compareResources) {
+		slices.SortFunc(list, compareResources)
+	}
 	return list
 }
