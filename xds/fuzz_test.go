@@ -397,7 +397,7 @@ func (m *envoyModel) unknownParent(n envoy.Name) bool {
 		if !mayRefer(t, n.Type) {
 			continue
 		}
-		for _, r := range m.s.types[t].held.sorted {
+		for _, r := range m.s.types[t].held.all() {
 			if r.Body == nil {
 				return true
 			}

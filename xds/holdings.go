@@ -3,51 +3,169 @@ package xds
 import (
 	"cmp"
 	"encoding/binary"
+	"hash/maphash"
+	"maps"
 	"slices"
 	"strings"
+	"sync"
+	"weak"
 
 	"github.com/roostmesh/roost/xds/envoy"
 )
 
-// holdings are resources of one type, at most one of a name. They cost a pointer
-// each: a fleet holds the same ones many thousand times.
-type holdings struct{ sorted []*envoy.Resource } // by name
-
-func (h *holdings) find(name string) (int, bool) {
-	if n := len(h.sorted); n == 0 || h.sorted[n-1].Name.Name < name {
-		return n, false // most come in their order
-	}
-	return slices.BinarySearchFunc(h.sorted, name, func(r *envoy.Resource, name string) int { return strings.Compare(r.Name.Name, name) })
+// holdings are resources of one type, at most one of a name. They are immutable,
+// and the same ones are shared: a fleet holds the same many thousand times, and a
+// change of one of them leads all of its proxies to the same next ones. nil has
+// none.
+type holdings struct {
+	sorted []*envoy.Resource // by name
+	sum    uint64            // of their fingerprints
 }
+
+func (h *holdings) all() []*envoy.Resource {
+	if h == nil {
+		return nil
+	}
+	return h.sorted
+}
+
+func (h *holdings) len() int { return len(h.all()) }
 
 // get returns the resource of a name, or nil.
 func (h *holdings) get(name string) *envoy.Resource {
-	if i, ok := h.find(name); ok {
-		return h.sorted[i]
+	all := h.all()
+	if i, ok := slices.BinarySearchFunc(all, name, compareName); ok {
+		return all[i]
 	}
 	return nil
 }
 
-// put adds a resource, in the place of one of the same name.
-func (h *holdings) put(r *envoy.Resource) {
-	i, ok := h.find(r.Name.Name)
-	if ok {
-		h.sorted[i] = r
-		return
-	}
-	h.sorted = slices.Insert(h.sorted, i, r)
+func compareName(r *envoy.Resource, name string) int { return strings.Compare(r.Name.Name, name) }
+
+// sets knows the holdings that are in use, by their sum.
+type sets struct {
+	mu    sync.Mutex
+	known map[setKey]weak.Pointer[holdings] // guarded by mu
+	sweep int                               // how many are worth a look for those that nobody uses any more; guarded by mu
 }
 
-// drop takes a resource away and says whether it was there.
-func (h *holdings) drop(name string) bool {
-	i, ok := h.find(name)
-	if ok {
-		h.sorted = slices.Delete(h.sorted, i, i+1)
-	}
-	return ok
+type setKey struct {
+	envoy.Type
+	sum uint64
+	n   int
 }
 
-func (h *holdings) len() int { return len(h.sorted) }
+// sweepFrom is how many holdings are kept without a look at their use.
+const sweepFrom = 1024
+
+func newSets() *sets { return &sets{known: map[setKey]weak.Pointer[holdings]{}, sweep: sweepFrom} }
+
+// of returns the holdings of a list, which is not empty, of one type and in the order
+// of its names, and which it keeps.
+func (s *sets) of(sorted []*envoy.Resource) *holdings {
+	h := &holdings{sorted: sorted}
+	for _, r := range sorted {
+		h.sum += fingerprintOf(r)
+	}
+	return s.keep(h)
+}
+
+// with returns h with some resources more, in the place of those of the same name.
+func (s *sets) with(h *holdings, more ...*envoy.Resource) *holdings {
+	if len(more) == 0 {
+		return h
+	}
+	sum, n := uint64(0), h.len()
+	if h != nil {
+		sum = h.sum
+	}
+	for _, r := range more {
+		if old := h.get(r.Name.Name); old != nil {
+			sum -= fingerprintOf(old)
+			n--
+		}
+		sum += fingerprintOf(r)
+		n++
+	}
+	if known := s.find(setKey{more[0].Type, sum, n}); known != nil {
+		return known
+	}
+	return s.keep(&holdings{merged(h.all(), more), sum})
+}
+
+// merged is a list with more in it; both are in the order of their names, or more
+// is brought into it.
+func merged(list, more []*envoy.Resource) []*envoy.Resource {
+	sortByName(more, func(r *envoy.Resource) string { return r.Name.Name })
+	out := make([]*envoy.Resource, 0, len(list)+len(more))
+	for _, r := range more {
+		i, same := slices.BinarySearchFunc(list, r.Name.Name, compareName)
+		out = append(append(out, list[:i]...), r)
+		if same {
+			i++
+		}
+		list = list[i:]
+	}
+	return slices.Clip(append(out, list...))
+}
+
+// without returns h without some names.
+func (s *sets) without(h *holdings, names ...string) *holdings {
+	left := slices.Clone(h.all())
+	for _, name := range names {
+		if i, ok := slices.BinarySearchFunc(left, name, compareName); ok {
+			left = slices.Delete(left, i, i+1)
+		}
+	}
+	switch len(left) {
+	case h.len():
+		return h
+	case 0:
+		return nil
+	}
+	return s.of(slices.Clip(left))
+}
+
+func (s *sets) find(key setKey) *holdings {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.known[key].Value()
+}
+
+// keep makes holdings known, or returns those that became known meanwhile.
+func (s *sets) keep(h *holdings) *holdings {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	key := setKey{h.sorted[0].Type, h.sum, len(h.sorted)}
+	if known := s.known[key].Value(); known != nil {
+		return known
+	}
+	s.known[key] = weak.Make(h)
+	if len(s.known) >= s.sweep {
+		maps.DeleteFunc(s.known, func(_ setKey, p weak.Pointer[holdings]) bool { return p.Value() == nil })
+		s.sweep = max(2*len(s.known), sweepFrom)
+	}
+	return h
+}
+
+// fingerprints are of this process: no client can make two that are alike.
+var fingerprints = maphash.MakeSeed()
+
+// fingerprint tells a version of a resource from all others, and the sum of many a
+// set of versions from all other sets.
+func fingerprint(name, version string) uint64 {
+	return maphash.String(fingerprints, name) * (maphash.String(fingerprints, version) | 1)
+}
+
+// fingerprintOf tells one whose content is unknown from one of the same version
+// that is known.
+func fingerprintOf(r *envoy.Resource) uint64 {
+	f := fingerprint(r.Name.Name, r.Version)
+	if r.Body == nil {
+		f *= 3
+	}
+	return f
+}
 
 // bag is a small map by name that gives the memory of a great load back: a Go map
 // never shrinks. The zero value is empty.

@@ -333,7 +333,7 @@ func (s *state) spare(gone map[envoy.Name]struct{}) {
 		if t == envoy.Endpoint || t == envoy.Secret {
 			continue
 		}
-		for _, r := range s.types[t].held.sorted {
+		for _, r := range s.types[t].held.all() {
 			parent(r)
 		}
 		for _, o := range s.types[t].out {

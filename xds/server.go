@@ -136,6 +136,7 @@ type Server struct {
 	audience audience // has its own lock, taken after mu
 	loads    *loads   // has its own lock
 	queue    *queue   // has its own lock
+	sets     *sets    // has its own lock
 
 	newest atomic.Pointer[edition] // nil before the first Publish; stored with mu held
 
@@ -163,7 +164,7 @@ func New(cfg Config) *Server {
 		cfg.RetryEvery = retryEvery
 	}
 	return &Server{
-		cfg: cfg, metrics: newMetrics(cfg.Registry), ready: make(chan struct{}), wake: make(chan struct{}, 1), loads: newLoads(), queue: newQueue(),
+		cfg: cfg, metrics: newMetrics(cfg.Registry), ready: make(chan struct{}), wake: make(chan struct{}, 1), loads: newLoads(), queue: newQueue(), sets: newSets(),
 		live: map[string]*stream{}, gone: map[string]*stream{}, duplicates: map[string]duplicate{}, remember: rememberFor,
 	}
 }

@@ -43,17 +43,15 @@ func (s *state) settle(t envoy.Type, q *request, now time.Time) []rejection {
 	if q.refused {
 		return s.nack(r, q.message, now)
 	}
-	for _, res := range r.resources {
-		s.accept(res, r.world == s.version)
-	}
+	s.accept(t, r.resources, r.world == s.version)
 	if t == envoy.Endpoint && len(r.resources) > 0 {
 		s.taken.version, s.taken.clusters = r.world, slices.Grow(s.taken.clusters, len(r.resources))
 		for _, res := range r.resources {
 			s.taken.clusters = append(s.taken.clusters, res.Name.Name)
 		}
 	}
-	for _, name := range r.removed {
-		s.letGo(t, name)
+	if len(r.removed) > 0 {
+		s.letGo(t, r.removed)
 	}
 	if t == envoy.Listener && len(r.removed) > 0 {
 		s.release(textDuplicate)
@@ -61,23 +59,34 @@ func (s *state) settle(t envoy.Type, q *request, now time.Time) []rejection {
 	return nil
 }
 
-// accept notes that the client has taken a version. same says that the view is the
-// one that it was sent from.
-func (s *state) accept(r *envoy.Resource, same bool) {
-	ts := &s.types[r.Type]
-	name := r.Name.Name
-	if s.wants(r.Type, name) {
-		s.hold(r)
-		if (!same || ts.refused.len() > 0) && !s.current(r) {
-			ts.owe(name, s.version) // the name was let go and taken again since
+// accept notes that the client has taken versions. same says that the view is the
+// one that they were sent from.
+func (s *state) accept(t envoy.Type, list []*envoy.Resource, same bool) {
+	ts := &s.types[t]
+	wanted := list
+	if !ts.wildcard {
+		wanted = slices.DeleteFunc(slices.Clone(list), func(r *envoy.Resource) bool { return !s.wants(t, r.Name.Name) })
+	}
+	s.hold(t, wanted...)
+	if !same || ts.refused.len() > 0 {
+		for _, r := range wanted {
+			if !s.current(r) {
+				ts.owe(r.Name.Name, s.version) // the name was let go and taken again since
+			}
 		}
 	}
-	if sus, ok := ts.suspects.m[name]; ok && sus.version == r.Version {
-		ts.suspects.del(name)
+	if ts.suspects.len()+ts.refused.len() == 0 {
+		return
 	}
-	if f := ts.refused.get(name); f != nil && f.version == r.Version {
-		ts.refused.del(name)
-		ts.calm()
+	for _, r := range list {
+		name := r.Name.Name
+		if sus, ok := ts.suspects.m[name]; ok && sus.version == r.Version {
+			ts.suspects.del(name)
+		}
+		if f := ts.refused.get(name); f != nil && f.version == r.Version {
+			ts.refused.del(name)
+			ts.calm()
+		}
 	}
 }
 
@@ -91,12 +100,14 @@ func (s *state) nack(r *response, text string, now time.Time) (rejected []reject
 	}
 	ts.lastError = text
 	guilty, applied := blame(r, text)
+	var taken []*envoy.Resource
+	defer func() { s.accept(r.Type, taken, false) }()
 	for _, res := range r.resources {
 		name := res.Name.Name
 		later, _ := ts.onItsWay(name)
 		switch {
 		case applied && guilty[name] == "":
-			s.accept(res, false)
+			taken = append(taken, res)
 		case !s.wants(r.Type, name):
 		case !s.current(res):
 			ts.owe(name, r.since)

@@ -1,7 +1,6 @@
 package xds
 
 import (
-	"hash/maphash"
 	"iter"
 	"maps"
 	"slices"
@@ -31,6 +30,7 @@ type state struct {
 	// fruitless search, which costs a walk over everything held.
 	unpruned bool
 	taken    taken // by the last request
+	sets     *sets // shared with other streams
 }
 
 // taken are the clusters whose endpoints a request ACKed, as the World of a
@@ -53,10 +53,10 @@ type typeState struct {
 
 	// held is what the client has: the last version that it ACKed. One whose
 	// version is known but not its content has no Body: its Refs are unknown.
-	held holdings
+	held *holdings
 	// earlier is what the previous stream of this proxy may have left it with; it gives content
 	// to the versions that the first request names, and is dropped then.
-	earlier holdings
+	earlier *holdings
 
 	out []*response // sent, neither ACKed nor NACKed, oldest first
 
@@ -102,13 +102,16 @@ type rejection struct {
 // newState starts a stream on a view. past is the state of the proxy's previous
 // stream, or nil: its refusals stay in force, and what it held is known.
 func newState(view envoy.View, version uint64, past *state) *state {
-	s := &state{view: view, version: version}
+	s := &state{view: view, version: version, sets: newSets()}
+	if past != nil {
+		s.sets = past.sets
+	}
 	for t := range envoy.Types {
 		if past == nil {
 			continue
 		}
 		ts, was := &s.types[t], &past.types[t]
-		ts.earlier = was.mayHave()
+		ts.earlier = past.mayHave(t)
 		for name, r := range was.refused.m {
 			if now := view.Get(envoy.Name{Type: t, Name: name}); now != nil && now.Version == r.version {
 				ts.refused.set(name, &refusal{version: r.version, message: r.message, since: r.since, retry: retryable(t, r.message)})
@@ -145,11 +148,12 @@ func (s *state) begin(t envoy.Type, subscribe []string, versions []holding) {
 	all := t.Wildcard() && len(subscribe) == 0 || t.Wildcard() && slices.Contains(subscribe, wildcardName)
 	subscribe = slices.DeleteFunc(subscribe, func(name string) bool { return name == wildcardName })
 	if whole := s.whole(t, subscribe, versions); whole != nil {
-		ts.held, subscribe, versions = holdings{whole}, nil, nil
+		ts.held, subscribe, versions = whole, nil, nil
 		ts.resumed = true
 	}
 	sortByName(versions, func(h holding) string { return h.name })
 	sortByName(subscribe, func(name string) string { return name })
+	var has []*envoy.Resource
 	for _, v := range versions { // both lists are in order
 		for len(subscribe) > 0 && subscribe[0] < v.name {
 			s.subscribe(t, subscribe[0])
@@ -160,9 +164,10 @@ func (s *state) begin(t envoy.Type, subscribe []string, versions []holding) {
 			subscribe = subscribe[1:]
 		}
 		if v.name != wildcardName && (named || all) {
-			s.resume(t, v, named)
+			has = append(has, s.resume(t, v, named))
 		}
 	}
+	s.hold(t, has...)
 	if len(versions) == 0 {
 		ts.named.reserve(len(subscribe))
 		ts.answers.reserve(len(subscribe))
@@ -177,7 +182,7 @@ func (s *state) begin(t envoy.Type, subscribe []string, versions []holding) {
 	if ts.resumed {
 		ts.owed = 0
 	}
-	ts.earlier = holdings{}
+	ts.earlier = nil
 	for name := range ts.again.m {
 		if !s.wants(t, name) {
 			ts.again.del(name)
@@ -189,7 +194,7 @@ func (s *state) begin(t envoy.Type, subscribe []string, versions []holding) {
 // whole returns all that the view has of a type where just that is what the client
 // says it has, and nothing of it has to be sent again: most clients that come back.
 // Otherwise it returns nil. Lists that differ have another sum of fingerprints.
-func (s *state) whole(t envoy.Type, subscribe []string, versions []holding) []*envoy.Resource {
+func (s *state) whole(t envoy.Type, subscribe []string, versions []holding) *holdings {
 	named := t.Wildcard() && len(subscribe) == 0 || !t.Wildcard() && len(subscribe) == len(versions)
 	if len(versions) == 0 || !named || s.types[t].again.len() > 0 || !t.Wildcard() && t != envoy.Endpoint {
 		return nil
@@ -218,29 +223,20 @@ func (s *state) whole(t envoy.Type, subscribe []string, versions []holding) []*e
 	if ours != theirs || len(all) != len(versions) {
 		return nil
 	}
-	return all
+	return s.sets.of(all)
 }
 
-// fingerprints are of this process: no client can make two that are alike.
-var fingerprints = maphash.MakeSeed()
-
-// fingerprint tells a version of a resource from all others, and the sum of many a
-// set of versions from all other sets.
-func fingerprint(name, version string) uint64 {
-	return maphash.String(fingerprints, name) * (maphash.String(fingerprints, version) | 1)
-}
-
-// resume takes a version that the client has from an earlier stream.
-func (s *state) resume(t envoy.Type, v holding, named bool) {
+// resume finds a version that the client has from an earlier stream.
+func (s *state) resume(t envoy.Type, v holding, named bool) *envoy.Resource {
 	ts := &s.types[t]
 	r := s.recall(t, v.name, v.version)
 	if named && t.Wildcard() {
 		ts.named.set(r.Name.Name, struct{}{})
 	}
-	s.hold(r)
 	if now := s.view.Get(r.Name); now != r || ts.again.has(v.name) {
 		ts.dirty.set(r.Name.Name, s.version)
 	}
+	return r
 }
 
 // recall finds the content of a version that the client says it has.
@@ -266,7 +262,7 @@ func (s *state) subscriptions(t envoy.Type) []string {
 	ts := &s.types[t]
 	names := slices.Collect(maps.Keys(ts.named.m))
 	if !t.Wildcard() {
-		for _, r := range ts.held.sorted {
+		for _, r := range ts.held.all() {
 			names = append(names, r.Name.Name)
 		}
 	}
@@ -292,7 +288,7 @@ func (s *state) subscribe(t envoy.Type, name string) {
 // are in order.
 func (s *state) markAll(t envoy.Type) {
 	ts := &s.types[t]
-	held := ts.held.sorted
+	held := ts.held.all()
 	if len(held) == 0 {
 		ts.dirty.reserve(expectAtMost)
 	}
@@ -323,7 +319,7 @@ func (s *state) unsubscribe(t envoy.Type, name string) {
 		ts.wildcard, ts.owed = false, 0
 		for _, name := range s.names(t) {
 			if !ts.named.has(name) {
-				ts.forget(name)
+				s.forget(t, name)
 			}
 		}
 		return
@@ -336,12 +332,15 @@ func (s *state) unsubscribe(t envoy.Type, name string) {
 		ts.answers.set(name, s.version)
 		return
 	}
-	ts.forget(name)
+	s.forget(t, name)
 }
 
 // forget drops all but a refusal, which stays in force on this stream.
-func (ts *typeState) forget(name string) {
-	ts.held.drop(name)
+func (s *state) forget(t envoy.Type, name string) {
+	ts := &s.types[t]
+	if ts.held.get(name) != nil {
+		ts.held = s.sets.without(ts.held, name)
+	}
 	ts.answers.del(name)
 	ts.dirty.del(name)
 	ts.again.del(name)
@@ -358,7 +357,7 @@ func (s *state) names(t envoy.Type) []string {
 		}
 	}
 	collect(all, ts.named.m)
-	for _, r := range ts.held.sorted {
+	for _, r := range ts.held.all() {
 		all[r.Name.Name] = struct{}{}
 	}
 	for name := range ts.flying() {
@@ -388,22 +387,29 @@ func (s *state) subscribed(t envoy.Type, name string) bool {
 	return ts.named.has(name) || !t.Wildcard() && ts.held.get(name) != nil
 }
 
-// hold notes that the client has a version of a resource that it is to have.
-func (s *state) hold(r *envoy.Resource) {
-	ts := &s.types[r.Type]
-	ts.held.put(r)
-	if !r.Type.Wildcard() {
-		ts.named.del(r.Name.Name)
+// hold notes that the client has versions of resources that it is to have.
+func (s *state) hold(t envoy.Type, list ...*envoy.Resource) {
+	ts := &s.types[t]
+	ts.held = s.sets.with(ts.held, list...)
+	if !t.Wildcard() {
+		for _, r := range list {
+			ts.named.del(r.Name.Name)
+		}
 	}
 }
 
-// letGo notes that the client has dropped a resource, and is still to have it when
-// there is one.
-func (s *state) letGo(t envoy.Type, name string) {
+// letGo notes that the client has dropped resources, and is still to have those
+// that there are again.
+func (s *state) letGo(t envoy.Type, names []string) {
 	ts := &s.types[t]
-	if ts.held.drop(name) && !t.Wildcard() {
-		ts.named.set(name, struct{}{})
+	if !t.Wildcard() {
+		for _, name := range names {
+			if ts.held.get(name) != nil {
+				ts.named.set(name, struct{}{})
+			}
+		}
 	}
+	ts.held = s.sets.without(ts.held, names...)
 }
 
 // update moves the stream to a newer World. What differs is owed from the first
@@ -518,17 +524,18 @@ func (r *response) find(name string) (*envoy.Resource, bool) {
 
 // mayHave is what the client is left with when its stream ends: what it was sent
 // may have arrived though its ACK has not.
-func (ts *typeState) mayHave() holdings {
+func (s *state) mayHave(t envoy.Type) *holdings {
+	ts := &s.types[t]
 	if !ts.started {
 		return ts.earlier
 	}
-	all := holdings{slices.Clone(ts.held.sorted)}
+	var more []*envoy.Resource
 	for name, r := range ts.flying() {
-		if r != nil && all.get(name) == nil {
-			all.put(r)
+		if r != nil && ts.held.get(name) == nil {
+			more = append(more, r)
 		}
 	}
-	return all
+	return s.sets.with(ts.held, more...)
 }
 
 // resumes says that the client goes on with what it had from another stream.

@@ -135,16 +135,16 @@ func (st *stream) holders(p *state, t envoy.Type, wanted func(name string) bool,
 		h.Since = st.final.Since
 	}
 	ts := &p.types[t]
-	known := &ts.held
+	known := ts.held
 	if !ts.started {
-		known = &ts.earlier
+		known = ts.earlier
 		// One that starts anew and has gone before it asked has nothing.
 		unsaid := connected && time.Since(st.since) < firstRequest || !connected && p.resumes()
 		if known.len() == 0 && unsaid {
 			return []Holder{h}
 		}
 	}
-	for _, r := range known.sorted {
+	for _, r := range known.all() {
 		if name := r.Name.Name; wanted(name) {
 			all = append(all, Holder{h.ID, name, h.Connected, h.Since})
 		}
