@@ -55,6 +55,7 @@ const (
 	cold       metric = iota // ms until everything is everywhere
 	coldBytes                // sent meanwhile
 	memoryFor                // KB of resident memory for each proxy
+	stacksFor                // KB of it that are stacks of goroutines
 	cpuMedian                // ms of CPU for a change
 	cpuMean                  // the same, every collection of garbage in it
 	latencyP50               // ms from a change to a proxy
@@ -138,6 +139,7 @@ func (d dimensions) figures(roost, peer measured) []figure {
 		both("cold start", "ms", cold, coldTarget),
 		both("cold start, sent", "MB", coldBytes, 0),
 		both("memory for a proxy", "KB", memoryFor, memoryTargets[d]),
+		both("memory for a proxy, stacks in it", "KB", stacksFor, 0),
 		both("CPU for a change, median", "ms", cpuMedian, cpuTargets[d]),
 		both("CPU for a change, mean", "ms", cpuMean, 0),
 		both("change to a proxy, p50", "ms", latencyP50, 0),
@@ -184,22 +186,24 @@ func (c *child) coldStart(ctx context.Context, _ size, m *measured, _ options) e
 	if err != nil {
 		return err
 	}
-	before, err := c.quiet(ctx)
-	if err != nil {
+	if _, err := c.quiet(ctx); err != nil {
 		return err
 	}
+	before := c.received.Load()
 	took, err := c.fill(ctx)
 	if err != nil {
 		return err
 	}
-	after, err := c.quiet(ctx)
+	_, err = c.quiet(ctx)
 	if err != nil {
 		return err
 	}
+	sent := c.received.Load() - before
 	full, err := c.ask(command{Do: "memory"})
 	m[cold] = milliseconds(took)
-	m[coldBytes] = float64(after.Sent-before.Sent) / 1e6
+	m[coldBytes] = float64(sent) / 1e6
 	m[memoryFor] = float64(full.RSS-empty.RSS) / 1e3 / float64(len(c.proxies))
+	m[stacksFor] = float64(full.Stacks-empty.Stacks) / 1e3 / float64(len(c.proxies))
 	return err
 }
 
@@ -210,7 +214,7 @@ func (c *child) changes(ctx context.Context, s size, m *measured, o options) err
 	if err != nil {
 		return err
 	}
-	began, before := time.Now(), first
+	began, before, received := time.Now(), first, c.received.Load()
 	for i := 0; i < o.changes && (i < fewest || time.Since(began) < o.budget); i++ {
 		service := i * 7919 % s.Services
 		at, err := c.move(ctx, s, service, len(c.proxies))
@@ -231,7 +235,7 @@ func (c *child) changes(ctx context.Context, s size, m *measured, o options) err
 	m[cpuMedian] = milliseconds(median(cpu))
 	m[cpuMean] = milliseconds(before.CPU-first.CPU) / float64(len(cpu))
 	m[latencyP50], m[latencyP99] = milliseconds(median(latency)), milliseconds(quantile(latency, 0.99))
-	m[changeBytes] = float64(before.Sent-first.Sent) / 1e6 / float64(len(cpu))
+	m[changeBytes] = float64(c.received.Load()-received) / 1e6 / float64(len(cpu))
 	return nil
 }
 
@@ -239,11 +243,10 @@ func (c *child) changes(ctx context.Context, s size, m *measured, o options) err
 // that have come back.
 func (c *child) comeBack(ctx context.Context, s size, m *measured, _ options) error {
 	c.drop()
-	before, err := c.quiet(ctx)
-	if err != nil {
+	if _, err := c.quiet(ctx); err != nil {
 		return err
 	}
-	requests := c.requests()
+	before, requests := c.received.Load(), c.requests()
 	asked := c.expect(written, 0, len(c.proxies))
 	began := time.Now()
 	if err := c.open(requests); err != nil {
@@ -256,7 +259,7 @@ func (c *child) comeBack(ctx context.Context, s size, m *measured, _ options) er
 		return err
 	}
 	m[reconnect] = milliseconds(time.Since(began))
-	after, err := c.quiet(ctx)
-	m[reconnectBytes] = max(0, float64(after.Sent-before.Sent)/1e6-m[changeBytes])
+	_, err := c.quiet(ctx)
+	m[reconnectBytes] = max(0, float64(c.received.Load()-before)/1e6-m[changeBytes])
 	return err
 }

@@ -35,6 +35,7 @@ type fleet struct {
 	versions *words
 	proxies  []*proxy
 	records  atomic.Bool
+	received atomic.Int64 // bytes, by all of them
 	round    atomic.Pointer[round]
 
 	failed chan struct{} // closed by the first failure

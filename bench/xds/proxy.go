@@ -58,6 +58,19 @@ type arrival struct {
 	at            int64
 }
 
+// counter counts what is read. The server's end is left as it is: gRPC treats
+// what is not a bare TCP connection in another way.
+type counter struct {
+	io.Reader
+	n *atomic.Int64
+}
+
+func (c counter) Read(b []byte) (int, error) {
+	n, err := c.Reader.Read(b)
+	c.n.Add(int64(n))
+	return n, err
+}
+
 // open connects and sends the first requests, as far as the windows let it.
 func (p *proxy) open(address string, requests ...[]byte) error {
 	conn, err := net.Dial("tcp", address)
@@ -66,7 +79,7 @@ func (p *proxy) open(address string, requests ...[]byte) error {
 	}
 	p.conn, p.done = conn, make(chan struct{})
 	p.writer = bufio.NewWriterSize(conn, readerBuffer)
-	p.framer = http2.NewFramer(p.writer, bufio.NewReaderSize(conn, readerBuffer))
+	p.framer = http2.NewFramer(p.writer, bufio.NewReaderSize(counter{conn, &p.fleet.received}, readerBuffer))
 	p.framer.SetReuseFrames()
 	p.closing.Store(false)
 	p.out, p.connWin, p.strWin, p.initial = nil, firstWindow, firstWindow, firstWindow

@@ -14,7 +14,6 @@ import (
 	"runtime/pprof"
 	"strconv"
 	"strings"
-	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -39,9 +38,9 @@ type answer struct {
 	Name    string        `json:"name,omitempty"`    // change: whose endpoints
 	At      int64         `json:"at,omitempty"`      // change: when it was handed in, in Unix nanoseconds
 	CPU     time.Duration `json:"cpu,omitempty"`     // usage
-	Sent    int64         `json:"sent,omitempty"`    // usage: bytes written to sockets
 	Mallocs uint64        `json:"mallocs,omitempty"` // memory: heap objects so far
 	RSS     int64         `json:"rss,omitempty"`     // memory: bytes
+	Stacks  int64         `json:"stacks,omitempty"`  // memory: those of goroutines, in RSS
 	Landed  []landed      `json:"landed,omitempty"`  // load
 }
 
@@ -103,7 +102,6 @@ func serve(kind string, in io.Reader, out io.Writer) (err error) {
 
 type process struct {
 	server
-	sent    atomic.Int64
 	profile *os.File
 }
 
@@ -114,7 +112,7 @@ func (p *process) do(ctx context.Context, c command) (answer, error) {
 		if err != nil {
 			return answer{}, err
 		}
-		a, err := p.start(ctx, c.size, &listener{Listener: l, sent: &p.sent})
+		a, err := p.start(ctx, c.size, l)
 		a.Address = l.Addr().String()
 		return a, err
 	case "change":
@@ -124,7 +122,7 @@ func (p *process) do(ctx context.Context, c command) (answer, error) {
 		return answer{Landed: list}, err
 	case "usage":
 		cpu, err := cpuTime()
-		return answer{CPU: cpu, Sent: p.sent.Load()}, err
+		return answer{CPU: cpu}, err
 	case "memory":
 		return memory()
 	case "profile":
@@ -150,8 +148,10 @@ func memory() (answer, error) {
 	runtime.ReadMemStats(&m)
 	runtime.GC()
 	debug.FreeOSMemory()
+	mallocs := m.Mallocs
+	runtime.ReadMemStats(&m)
 	rss, err := residentSet()
-	return answer{Mallocs: m.Mallocs, RSS: rss}, err
+	return answer{Mallocs: mallocs, RSS: rss, Stacks: int64(m.StackInuse)}, err
 }
 
 func residentSet() (int64, error) {
@@ -185,29 +185,4 @@ func heapProfile(file string) error {
 		return err
 	}
 	return errors.Join(pprof.WriteHeapProfile(f), f.Close())
-}
-
-// listener counts the bytes that its connections send.
-type listener struct {
-	net.Listener
-	sent *atomic.Int64
-}
-
-func (l *listener) Accept() (net.Conn, error) {
-	c, err := l.Listener.Accept()
-	if err != nil {
-		return nil, err
-	}
-	return &conn{c, l.sent}, nil
-}
-
-type conn struct {
-	net.Conn
-	sent *atomic.Int64
-}
-
-func (c *conn) Write(b []byte) (int, error) {
-	n, err := c.Conn.Write(b)
-	c.sent.Add(int64(n))
-	return n, err
 }

@@ -43,7 +43,7 @@ func TestQuick(t *testing.T) {
 			both++
 		}
 	}
-	if len(got.Figures) != 18 || both != 11 {
+	if len(got.Figures) != 19 || both != 12 {
 		t.Errorf("%d figures, %d of both sides", len(got.Figures), both)
 	}
 }
