@@ -6,9 +6,7 @@ import (
 	"strings"
 	"unicode/utf8"
 
-	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	"google.golang.org/protobuf/encoding/protowire"
-	"google.golang.org/protobuf/proto"
 )
 
 // Bounds on what one request may hold.
@@ -178,13 +176,4 @@ func pair(b []byte, s string, first, second protowire.Number) (one, two string, 
 		at += end
 	}
 	return one, two, nil
-}
-
-// nodeOf decodes the node.
-func (q *request) nodeOf() (*corev3.Node, error) {
-	n := &corev3.Node{}
-	if err := proto.Unmarshal([]byte(q.node), n); err != nil {
-		return nil, fmt.Errorf("node: %w", err)
-	}
-	return n, nil
 }

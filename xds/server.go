@@ -16,8 +16,9 @@
 //	s.WatchLoad(cluster)           // asks proxies what is in flight; s.InFlight(...) tells
 //
 // Streams wait until the first Publish. The order of resources, and what waits
-// for what, is in state, which is pure: state.go (subscriptions), push.go (what
-// to send now), settle.go (ACK, NACK, retry, progress).
+// for what, is in state, which is pure: state.go (what is known of a client),
+// subscribe.go (what it asks for, and resumes), push.go (what to send now),
+// settle.go (ACK, NACK, retry, progress).
 //
 // For wildcard types (clusters, listeners) the package takes View.All to list
 // exactly what View.Get finds.

@@ -64,7 +64,7 @@ func (s *Server) Serve(ctx context.Context, l Listener) error {
 	g := grpc.NewServer(
 		grpc.ForceServerCodecV2(newCodec(name)), grpc.WaitForHandlers(true),
 		grpc.MaxRecvMsgSize(maxRequest), grpc.MaxHeaderListSize(maxHeaders), grpc.MaxConcurrentStreams(maxStreams),
-		grpc.ConnectionTimeout(handshake), grpc.SharedWriteBuffer(true), grpc.ReadBufferSize(readBuffer),
+		grpc.ConnectionTimeout(handshake), grpc.ReadBufferSize(readBuffer),
 		grpc.StaticStreamWindowSize(window), grpc.StaticConnWindowSize(window),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: pingAfter, Timeout: pingTimeout}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: pingAtMost, PermitWithoutStream: true}),
