@@ -22,7 +22,7 @@ func (s *state) next() *response {
 			return r
 		}
 	}
-	unsent := false
+	unsent := slices.ContainsFunc(s.types[:], func(ts typeState) bool { return ts.answers.len() > 0 })
 	for _, t := range pushOrder {
 		r, more := s.push(t)
 		if r != nil {
@@ -46,6 +46,9 @@ func (s *state) next() *response {
 // answer makes the answer to new subscriptions, which waits for nothing.
 func (s *state) answer(t envoy.Type) *response {
 	ts := &s.types[t]
+	if ts.answers.len() == 0 || len(ts.out) >= maxUnacked {
+		return nil
+	}
 	b := batch{since: s.version}
 	b.expect(ts.answers.len())
 	for _, name := range sortedNames(ts.answers.m) {

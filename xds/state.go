@@ -12,7 +12,11 @@ import (
 
 // maxResponse bounds the bodies of one response, in bytes; one resource alone
 // may be larger. Go's gRPC clients refuse messages over 4 MB.
-const maxResponse = 2 << 20
+const maxResponse = 1 << 20
+
+// maxUnacked bounds the responses of a type that a client has not answered; what
+// it asks for beyond that waits, and is one response then.
+const maxUnacked = 32
 
 // wildcardName subscribes to everything of a wildcard type.
 const wildcardName = "*"
@@ -47,7 +51,7 @@ type typeState struct {
 	wildcard bool   // subscribed to all of a wildcard type
 	owed     uint64 // since: the answer to the wildcard subscription, even an empty one
 	// named are subscribed by name. Of a type without a wildcard what is held was,
-	// too, and is not listed here: see subscribed.
+	// too, and is not listed here: see state.named.
 	named bag[struct{}]
 
 	// held is what the client has: the last version that it ACKed. One whose
@@ -89,7 +93,8 @@ type response struct {
 	resources []*envoy.Resource // by name
 	removed   []string          // in order
 	since     uint64
-	size      int // of its bodies and names, in bytes
+	size      int       // of its bodies and names, in bytes
+	at        time.Time // when it was sent
 }
 
 // rejection tells that the client refused a version for the first time.
@@ -256,6 +261,13 @@ func (ts *typeState) calm() {
 	if ts.refused.len() == 0 {
 		ts.lastError = ""
 	}
+}
+
+// lateSince says that a response of before some time has not been answered.
+func (s *state) lateSince(t time.Time) bool {
+	return slices.ContainsFunc(s.types[:], func(ts typeState) bool {
+		return slices.ContainsFunc(ts.out, func(r *response) bool { return r.at.Before(t) })
+	})
 }
 
 // unacked counts the bytes that were sent and neither ACKed nor NACKed.

@@ -12,6 +12,7 @@ import (
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	discovery "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	loadv3 "github.com/envoyproxy/go-control-plane/envoy/service/load_stats/v3"
+	statusv3 "github.com/envoyproxy/go-control-plane/envoy/service/status/v3"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
@@ -71,6 +72,7 @@ func (s *Server) Serve(ctx context.Context, l Listener) error {
 	)
 	discovery.RegisterAggregatedDiscoveryServiceServer(g, v)
 	loadv3.RegisterLoadReportingServiceServer(g, v)
+	statusv3.RegisterClientStatusDiscoveryServiceServer(g, v)
 	healthpb.RegisterHealthServer(g, healthService{Server: v.Server})
 	stopped := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
@@ -99,6 +101,11 @@ func (v *service) StreamAggregatedResources(discovery.AggregatedDiscoveryService
 // The handler waits for the stream's end; requests are handled where they are
 // received.
 func (v *service) DeltaAggregatedResources(gs discovery.AggregatedDiscoveryService_DeltaAggregatedResourcesServer) error {
+	leave, err := v.enter()
+	if err != nil {
+		return err
+	}
+	defer leave()
 	in := &inbound{first: make(chan string, 1), failed: make(chan error, 1), admitted: make(chan *stream, 1)}
 	v.wg.Go(func() { in.failed <- v.receive(gs, in) })
 	st, err := v.first(gs, in)
@@ -142,6 +149,7 @@ func (v *service) first(gs grpc.ServerStream, in *inbound) (*stream, error) {
 	}
 	st, err := v.welcome(gs, node)
 	if err != nil {
+		v.metrics.refused.WithLabelValues(refusedIdentity).Inc()
 		v.cfg.Log.Debug("xds: proxy is refused", "node", node.GetId(), "error", err)
 	}
 	return st, err
@@ -154,8 +162,8 @@ func (v *service) end(st *stream, gs grpc.ServerStream, in *inbound) error {
 		return err
 	case <-gs.Context().Done():
 		return gs.Context().Err()
-	case <-st.replaced:
-		return status.Errorf(codes.Aborted, "node id %q: a newer proxy has come with this id", st.id)
+	case err := <-st.over:
+		return err
 	case <-v.ctx.Done():
 		return errStopping
 	}
@@ -178,11 +186,16 @@ func (v *service) receive(gs grpc.ServerStream, in *inbound) error {
 			}
 		}
 		st.mu.Lock()
+		err := error(nil)
 		if !st.closed {
-			v.handle(st, q)
-			v.flush(st)
+			if err = v.handle(st, q); err == nil {
+				v.flush(st)
+			}
 		}
 		st.mu.Unlock()
+		if err != nil {
+			return err
+		}
 	}
 }
 
@@ -196,8 +209,7 @@ type stream struct {
 	since    time.Time
 	wire     grpc.ServerStream
 	beside   *sync.WaitGroup // of what runs beside the handlers
-	replaced chan struct{}   // closed when a newer stream has its id
-	replace  func()          // closes replaced
+	over     chan error      // one slot: why the Server ends it
 	ended    chan struct{}   // closed when the handler is through
 
 	// mu is taken before the Server's, and never held while anybody waits for the
@@ -213,6 +225,14 @@ type stream struct {
 	queued atomic.Bool // waits for a pusher
 	mark   *mark       // guarded by the tracker
 	slot   int         // in the audience; guarded by the audience
+}
+
+// cut ends a stream.
+func (st *stream) cut(why error) {
+	select {
+	case st.over <- why:
+	default: // it ends already
+	}
 }
 
 // ask runs f where the state may be read, or reports that the stream has ended:
@@ -274,9 +294,8 @@ func (v *service) welcome(gs grpc.ServerStream, node *corev3.Node) (*stream, err
 	}
 	st := &stream{
 		id: identity.String(), identity: identity, version: envoyVersion(node), metadata: metadataOf(node), since: v.cfg.Now(),
-		wire: gs, beside: &v.wg, replaced: make(chan struct{}), ended: make(chan struct{}),
+		wire: gs, beside: &v.wg, over: make(chan error, 1), ended: make(chan struct{}),
 	}
-	st.replace = sync.OnceFunc(func() { close(st.replaced) })
 	if err := v.register(ctx, st); err != nil {
 		return nil, err
 	}
@@ -299,7 +318,7 @@ func (s *Server) register(ctx context.Context, st *stream) error {
 		d.last = now
 		s.duplicates[st.id] = d
 		s.mu.Unlock()
-		old.replace()
+		old.cut(status.Errorf(codes.Aborted, "node id %q: a newer proxy has come with this id", st.id))
 		select {
 		case <-old.ended:
 		case <-ctx.Done():
@@ -356,6 +375,7 @@ func (s *Server) flush(st *stream) {
 		if r == nil {
 			break
 		}
+		r.at = s.cfg.Now()
 		if st.state.unacked()-r.size <= sendsAtOnce {
 			s.send(st, r)
 			continue
@@ -392,15 +412,19 @@ func (s *Server) send(st *stream, r *response) {
 
 func (s *Server) count(r *response) {
 	s.metrics.responses[r.Type].Inc()
-	s.metrics.bytes.Add(float64(r.size))
+	s.metrics.bytes[r.Type].Add(float64(r.size))
 }
 
 // handle takes a request. st.mu is held.
-func (v *service) handle(st *stream, q *request) {
+func (v *service) handle(st *stream, q *request) error {
 	t, ok := envoy.TypeOf(q.typeURL)
 	if !ok {
 		v.cfg.Log.Debug("xds: proxy asks for a type that is not served", "proxy", st.id, "type", q.typeURL)
-		return
+		return nil
+	}
+	if n := st.state.subscribed(t) + len(q.subscribe); n > maxNames {
+		v.metrics.refused.WithLabelValues(refusedBounds).Inc()
+		return status.Errorf(codes.ResourceExhausted, "node id %q: %d subscriptions of type %s, more than %d", st.id, n, t, maxNames)
 	}
 	if q.refused {
 		v.metrics.nacks[t].Inc()
@@ -416,7 +440,7 @@ func (v *service) handle(st *stream, q *request) {
 		*a = taken{}
 	}
 	if len(rejected) == 0 {
-		return
+		return nil
 	}
 	v.mu.Lock()
 	defer v.mu.Unlock()
@@ -426,6 +450,7 @@ func (v *service) handle(st *stream, q *request) {
 			v.event(func() { hook(st.id, r.Name, r.version, r.message) })
 		}
 	}
+	return nil
 }
 
 // advance moves a stream to the newest World. st.mu is held.

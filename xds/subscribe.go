@@ -144,6 +144,15 @@ func (s *state) asksForAll(t envoy.Type, subscribe []string) bool {
 	return t.Wildcard() && (slices.Contains(subscribe, wildcardName) || len(subscribe) == 0 && !s.types[t].started)
 }
 
+// subscribed counts what the client has asked for by name.
+func (s *state) subscribed(t envoy.Type) int {
+	n := s.types[t].named.len()
+	if !t.Wildcard() {
+		n += s.types[t].held.len()
+	}
+	return n
+}
+
 // subscriptions lists what the client has asked for by name, in no order.
 func (s *state) subscriptions(t envoy.Type) []string {
 	ts := &s.types[t]
@@ -161,7 +170,7 @@ func (s *state) subscribe(t envoy.Type, name string) {
 	switch {
 	case name != wildcardName:
 		name = s.own(t, name)
-		if !s.subscribed(t, name) {
+		if !s.named(t, name) {
 			ts.named.set(name, struct{}{})
 		}
 		ts.answers.set(name, s.version)
@@ -211,7 +220,7 @@ func (s *state) unsubscribe(t envoy.Type, name string) {
 		}
 		return
 	}
-	if !s.subscribed(t, name) {
+	if !s.named(t, name) {
 		return
 	}
 	ts.named.del(name)
@@ -265,11 +274,11 @@ func collect[V any](all map[string]struct{}, names map[string]V) {
 
 // wants says whether the client is to have the resource when it exists.
 func (s *state) wants(t envoy.Type, name string) bool {
-	return s.types[t].wildcard || s.subscribed(t, name)
+	return s.types[t].wildcard || s.named(t, name)
 }
 
-// subscribed says whether the client has asked for the resource by its name.
-func (s *state) subscribed(t envoy.Type, name string) bool {
+// named says whether the client has asked for the resource by its name.
+func (s *state) named(t envoy.Type, name string) bool {
 	ts := &s.types[t]
 	return ts.named.has(name) || !t.Wildcard() && ts.held.get(name) != nil
 }

@@ -73,6 +73,7 @@ type Daemon struct {
 	closing    atomic.Pointer[map[string]bool] // envoy.DrainNames whose connections are to be closed
 	builds     atomic.Pointer[[]built]         // ledger generations by Snapshot, oldest first
 	cleared    atomic.Uint64                   // generation up to which nobody has a quarantined address
+	leaving    atomic.Bool                     // Run is about to end
 	stopped    chan struct{}
 	xdsOn      []xds.Listener
 	rec        *reconciler // handed to the reconciler's goroutine by Run
@@ -234,6 +235,13 @@ func (d *Daemon) Run(ctx context.Context) error {
 		return nil
 	}
 	return err
+}
+
+// Leave has this Roost say that it is not ready any more, and take no more
+// proxies: Run's context is about to end.
+func (d *Daemon) Leave() {
+	d.leaving.Store(true)
+	d.XDS.Drain()
 }
 
 // Close lets go of what New opened; after Run, or instead of it.
