@@ -51,7 +51,7 @@ func (s *state) answer(t envoy.Type) *response {
 	}
 	b := batch{since: s.version}
 	b.expect(ts.answers.len())
-	for _, name := range sortedNames(ts.answers.m) {
+	for name := range ts.answers.m {
 		r, current := s.sendable(t, name)
 		if r != nil && !b.add(r) {
 			break
@@ -71,6 +71,7 @@ func (s *state) answer(t envoy.Type) *response {
 	if len(b.resources)+len(b.removed) == 0 {
 		return nil
 	}
+	slices.Sort(b.removed)
 	return s.send(t, &b)
 }
 
@@ -117,11 +118,11 @@ func (s *state) push(t envoy.Type) (r *response, more bool) {
 			return r, true
 		}
 	}
+	if len(ts.out) > 0 {
+		return nil, ts.suspects.len() > 0 || ts.owed > 0 || s.owesAny(t)
+	}
 	ready, blocked := s.due(t)
 	blocked = blocked || ts.suspects.len() > 0
-	if len(ts.out) > 0 {
-		return nil, len(ready) > 0 || blocked || ts.owed > 0
-	}
 	if ts.owed > 0 && blocked {
 		// A proxy that starts takes the first answer for all there is.
 		return nil, true
@@ -144,12 +145,27 @@ func (s *state) push(t envoy.Type) (r *response, more bool) {
 	return s.send(t, &b), true
 }
 
-// due lists the dirty resources of a type that may be sent now, ordered, and
-// says whether more wait for what they refer to. It forgets those that need
-// nothing; what has to be removed stays dirty.
+// owesAny says that one of the dirty resources of a type is to be sent, now or
+// later.
+func (s *state) owesAny(t envoy.Type) bool {
+	for name := range s.types[t].dirty.m {
+		if r, done := s.owes(t, name); r != nil && !done {
+			return true
+		}
+	}
+	return false
+}
+
+// due lists dirty resources of a type that may be sent now, as many as fit into a
+// response, and says whether more wait for what they refer to. It forgets those
+// that need nothing; what has to be removed stays dirty.
 func (s *state) due(t envoy.Type) (ready []*envoy.Resource, blocked bool) {
 	ts := &s.types[t]
+	size := 0
 	for name := range ts.dirty.m {
+		if size > maxResponse {
+			break
+		}
 		r, done := s.owes(t, name)
 		switch {
 		case done:
@@ -160,9 +176,9 @@ func (s *state) due(t envoy.Type) (ready []*envoy.Resource, blocked bool) {
 			blocked = true
 		default:
 			ready = append(ready, r)
+			size += len(r.Body)
 		}
 	}
-	sortByName(ready, func(r *envoy.Resource) string { return r.Name.Name })
 	return ready, blocked
 }
 
@@ -398,6 +414,7 @@ func (b *batch) owe(since uint64) {
 // to follow, changed or not: Envoy starts a changed parent without them.
 func (s *state) send(t envoy.Type, b *batch) *response {
 	ts := &s.types[t]
+	sortByName(b.resources, func(r *envoy.Resource) string { return r.Name.Name })
 	r := &response{Type: t, nonce: s.nonce(), world: s.version, resources: b.resources, removed: b.removed, since: b.since, size: b.size}
 	for _, name := range b.removed {
 		r.size += len(name)
