@@ -21,15 +21,29 @@ const (
 	fieldIdentifier    = 1
 )
 
+// headRoom is what a response needs beside its resources, unless it removes some.
+const headRoom = 192
+
+// resourceRoom is what the tag and the length of a resource need at most.
+const resourceRoom = 6
+
 // codec encodes responses around the bodies of their resources, which all
 // streams share, and leaves every other message to gRPC's own codec.
 type codec struct {
 	encoding.CodecV2
-	controlPlane string
+	controlPlane []byte // the field of a response
 }
 
 func newCodec(controlPlane string) codec {
-	return codec{encoding.GetCodecV2(proto.Name), controlPlane}
+	c := codec{CodecV2: encoding.GetCodecV2(proto.Name)}
+	if controlPlane != "" {
+		c.controlPlane = appendField(nil, fieldControlPlane, string(appendField(nil, fieldIdentifier, controlPlane)))
+	}
+	return c
+}
+
+func appendField(b []byte, n protowire.Number, s string) []byte {
+	return protowire.AppendString(protowire.AppendTag(b, n, protowire.BytesType), s)
 }
 
 // Marshal implements encoding.CodecV2.
@@ -38,27 +52,24 @@ func (c codec) Marshal(v any) (mem.BufferSlice, error) {
 	if !ok {
 		return c.CodecV2.Marshal(v)
 	}
-	field := func(b []byte, n protowire.Number, s string) []byte {
-		return protowire.AppendString(protowire.AppendTag(b, n, protowire.BytesType), s)
-	}
-	out := make(mem.BufferSlice, 0, 2*len(r.resources)+1)
-	b := field(nil, fieldSystemVersion, strconv.FormatUint(r.world, 10))
-	b = field(b, fieldTypeURL, r.URL())
-	b = field(b, fieldNonce, r.nonce)
+	var number [20]byte
+	head := make([]byte, 0, headRoom+len(c.controlPlane)+resourceRoom*len(r.resources))
+	head = protowire.AppendBytes(protowire.AppendTag(head, fieldSystemVersion, protowire.BytesType), strconv.AppendUint(number[:0], r.world, 10))
+	head = appendField(head, fieldTypeURL, r.URL())
+	head = appendField(head, fieldNonce, r.nonce)
 	for _, name := range r.removed {
-		b = field(b, fieldRemoved, name)
+		head = appendField(head, fieldRemoved, name)
 	}
-	if c.controlPlane != "" {
-		b = field(b, fieldControlPlane, string(field(nil, fieldIdentifier, c.controlPlane)))
-	}
+	head = append(head, c.controlPlane...)
+	out := make(mem.BufferSlice, 0, 2*len(r.resources)+1)
 	for _, res := range r.resources {
-		b = protowire.AppendTag(b, fieldResources, protowire.BytesType)
-		b = protowire.AppendVarint(b, uint64(len(res.Body)))
-		out = append(out, mem.SliceBuffer(b), mem.SliceBuffer(res.Body))
-		b = nil
+		head = protowire.AppendTag(head, fieldResources, protowire.BytesType)
+		head = protowire.AppendVarint(head, uint64(len(res.Body)))
+		out = append(out, mem.SliceBuffer(head), mem.SliceBuffer(res.Body))
+		head = head[len(head):]
 	}
-	if len(b) > 0 {
-		out = append(out, mem.SliceBuffer(b))
+	if len(head) > 0 {
+		out = append(out, mem.SliceBuffer(head))
 	}
 	return out, nil
 }

@@ -22,7 +22,10 @@ func (s *state) next() *response {
 			return r
 		}
 	}
-	unsent := slices.ContainsFunc(s.types[:], func(ts typeState) bool { return ts.answers.len() > 0 })
+	unsent := false
+	for t := range envoy.Types {
+		unsent = unsent || s.types[t].answers.len() > 0
+	}
 	for _, t := range pushOrder {
 		r, more := s.push(t)
 		if r != nil {
@@ -131,7 +134,7 @@ func (s *state) push(t envoy.Type) (r *response, more bool) {
 		return nil, blocked
 	}
 	b := batch{since: s.version}
-	b.expect(len(ready))
+	b.resources = ready[:0] // it is read before it is written
 	b.owe(ts.owed)
 	ts.owed = 0
 	for _, r := range ready {
@@ -213,6 +216,9 @@ func (s *state) owes(t envoy.Type, name string) (r *envoy.Resource, done bool) {
 // isolate makes a response of one suspect alone.
 func (s *state) isolate(t envoy.Type) *response {
 	ts := &s.types[t]
+	if ts.suspects.len() == 0 {
+		return nil
+	}
 	for _, name := range slices.Sorted(maps.Keys(ts.suspects.m)) {
 		sus := ts.suspects.get(name)
 		r := s.view.Get(envoy.Name{Type: t, Name: name})
@@ -293,7 +299,7 @@ func (s *state) unsettled(n envoy.Name, from envoy.Type) bool {
 // prune makes a response of removals: resources that are gone from the view and
 // that nothing the client holds, or is getting, refers to.
 func (s *state) prune() *response {
-	gone := map[envoy.Name]struct{}{}
+	var gone map[envoy.Name]struct{}
 	for t := range envoy.Types {
 		ts := &s.types[t]
 		if len(ts.out) > 0 {
@@ -301,6 +307,9 @@ func (s *state) prune() *response {
 		}
 		for name := range ts.dirty.m {
 			if r, done := s.owes(t, name); r == nil && !done && ts.held.get(name) != nil {
+				if gone == nil {
+					gone = map[envoy.Name]struct{}{}
+				}
 				gone[envoy.Name{Type: t, Name: name}] = struct{}{}
 			}
 		}

@@ -162,7 +162,13 @@ func (s *state) mark(t envoy.Type, name string, since uint64) {
 	if !wanted && !ts.refused.has(name) {
 		return
 	}
-	r := s.view.Get(envoy.Name{Type: t, Name: name})
+	s.compare(t, name, s.view.Get(envoy.Name{Type: t, Name: name}), wanted, since)
+}
+
+// compare marks a resource, which the view has as r, where it differs from what
+// the client has.
+func (s *state) compare(t envoy.Type, name string, r *envoy.Resource, wanted bool, since uint64) {
+	ts := &s.types[t]
 	if f := ts.refused.get(name); f != nil && (r == nil || r.Version != f.version) {
 		ts.refused.del(name)
 		ts.calm()
@@ -265,9 +271,12 @@ func (ts *typeState) calm() {
 
 // lateSince says that a response of before some time has not been answered.
 func (s *state) lateSince(t time.Time) bool {
-	return slices.ContainsFunc(s.types[:], func(ts typeState) bool {
-		return slices.ContainsFunc(ts.out, func(r *response) bool { return r.at.Before(t) })
-	})
+	for i := range s.types {
+		if slices.ContainsFunc(s.types[i].out, func(r *response) bool { return r.at.Before(t) }) {
+			return true
+		}
+	}
+	return false
 }
 
 // unacked counts the bytes that were sent and neither ACKed nor NACKed.

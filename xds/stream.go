@@ -437,7 +437,7 @@ func (v *service) handle(st *stream, q *request) error {
 		if v.cfg.OnAck != nil {
 			v.cfg.OnAck(st.id, a.version, a.clusters)
 		}
-		*a = taken{}
+		a.clusters = a.clusters[:0]
 	}
 	if len(rejected) == 0 {
 		return nil
@@ -455,8 +455,8 @@ func (v *service) handle(st *stream, q *request) error {
 
 // advance moves a stream to the newest World. st.mu is held.
 func (s *Server) advance(st *stream) {
-	var changes []envoy.Change
-	names := 0
+	var few [4]envoy.Change
+	changes, names := few[:0], 0
 	for next := st.at.next.Load(); next != nil; next = next.next.Load() {
 		st.at = next
 		c := next.change

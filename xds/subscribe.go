@@ -169,7 +169,7 @@ func (s *state) subscribe(t envoy.Type, name string) {
 	ts := &s.types[t]
 	switch {
 	case name != wildcardName:
-		name = s.own(t, name)
+		name = strings.Clone(name) // a request's shares the memory of all of it
 		if !s.named(t, name) {
 			ts.named.set(name, struct{}{})
 		}
@@ -193,17 +193,9 @@ func (s *state) markAll(t envoy.Type) {
 			held = held[1:]
 		}
 		if len(held) == 0 || held[0] != r || ts.again.has(r.Name.Name) {
-			s.mark(t, r.Name.Name, s.version)
+			s.compare(t, r.Name.Name, r, true, s.version)
 		}
 	}
-}
-
-// own is a name that may be kept: a request's shares the memory of all of it.
-func (s *state) own(t envoy.Type, name string) string {
-	if r := s.view.Get(envoy.Name{Type: t, Name: name}); r != nil {
-		return r.Name.Name
-	}
-	return strings.Clone(name)
 }
 
 // unsubscribe forgets a name: the client drops what it has of it. One that the
