@@ -9,13 +9,13 @@ type Sight struct {
 	gateway  map[Key]bool // what a gateway's routes go to
 }
 
-// SightOf says what a proxy may hold in s: a sidecar what its service may call,
+// SightOf says what a proxy may hold in s: a sidecar or a gRPC client what its service may call,
 // a node proxy what any caller on its host may call, a gateway what its public
 // routes and the dedicated IPs go to.
 func (s *Snapshot) SightOf(id Identity) Sight {
 	v := Sight{role: id.Role}
 	switch id.Role {
-	case Sidecar:
+	case Sidecar, Proxyless:
 		v.tenants = map[string]bool{id.Tenant: true}
 		v.services = map[Key]bool{{Tenant: id.Tenant, Service: id.Service}: true}
 	case Node:
