@@ -40,6 +40,7 @@ type serviceSet struct {
 	endpoints []*Resource
 	shapes    *shapes
 	routes    *routeSet
+	proxyless *proxylessSet
 }
 
 // shapes are the listeners, which do not depend on instances, made on demand.
@@ -147,6 +148,7 @@ func newServiceSet(before *serviceSet, sameConfig bool, world *lb.Snapshot, s *l
 	} else {
 		out.routes = newRouteSet(s, mesh, reasons)
 	}
+	out.proxyless = newProxylessSet(before, out)
 	return out
 }
 
@@ -296,8 +298,9 @@ func (t *Translation) Since(prev *Translation) Change {
 // changed names what instances that came, went or moved have changed.
 func (s *serviceSet) changed(before *serviceSet) []Name {
 	var out []Name
+	moved := !sameZones(before.service, s.service)
 	for i, r := range s.endpoints {
-		if i >= len(before.endpoints) || before.endpoints[i].Version != r.Version {
+		if moved || i >= len(before.endpoints) || before.endpoints[i].Version != r.Version {
 			out = append(out, r.Name)
 		}
 	}
