@@ -26,7 +26,7 @@ func newMetrics(r prometheus.Registerer) *metrics {
 		m.responses[t] = responses.WithLabelValues(t.String())
 		m.nacks[t] = nacks.WithLabelValues(t.String())
 	}
-	for _, role := range []lb.Role{lb.Sidecar, lb.Node, lb.Gateway} {
+	for _, role := range []lb.Role{lb.Sidecar, lb.Node, lb.Gateway, lb.Proxyless} {
 		m.proxies.WithLabelValues(string(role))
 	}
 	if r != nil {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"slices"
+	"strconv"
 	"sync"
 	"time"
 
@@ -32,7 +33,6 @@ const (
 	pingTimeout  = 10 * time.Second
 	pingAtMost   = 10 * time.Second // more frequent pings of a client end its connection
 	drainFor     = 2 * time.Second
-	wantsDelta   = "state-of-the-world ADS is not served: set api_type: DELTA_GRPC in ads_config"
 )
 
 // service is the gRPC side of one Listener.
@@ -79,18 +79,47 @@ func (s *Server) Serve(ctx context.Context, l Listener) error {
 	return err
 }
 
-// StreamAggregatedResources implements the discovery service.
-func (v *service) StreamAggregatedResources(discovery.AggregatedDiscoveryService_StreamAggregatedResourcesServer) error {
-	return status.Error(codes.Unimplemented, wantsDelta)
-}
-
 // DeltaAggregatedResources implements the discovery service: one proxy's stream.
 func (v *service) DeltaAggregatedResources(gs discovery.AggregatedDiscoveryService_DeltaAggregatedResourcesServer) error {
-	requests, failed := make(chan *discovery.DeltaDiscoveryRequest), make(chan error, 1)
-	v.wg.Go(func() { failed <- receive(gs, requests) })
+	return serve(v, &form[*discovery.DeltaDiscoveryRequest]{
+		ServerStream: gs, receive: gs.Recv,
+		delta: func(_ *state, _ envoy.Type, q *discovery.DeltaDiscoveryRequest) *discovery.DeltaDiscoveryRequest {
+			return q
+		},
+		next: func(s *state) (answer, bool) {
+			r := s.next()
+			return r, r != nil
+		},
+	})
+}
+
+// form is a stream in one of the two forms of xDS, delta and the state of the
+// world. A state speaks delta; delta and next translate, on the owner's
+// goroutine.
+type form[Q question] struct {
+	grpc.ServerStream
+	receive func() (Q, error)
+	delta   func(*state, envoy.Type, Q) *discovery.DeltaDiscoveryRequest
+	next    func(*state) (a answer, ok bool)
+}
+
+type question interface {
+	GetNode() *corev3.Node
+	GetTypeUrl() string
+}
+
+// answer is a response in one of the forms.
+type answer interface {
+	kind() envoy.Type
+	size() int
+}
+
+func serve[Q question](v *service, f *form[Q]) error {
+	requests, failed := make(chan Q), make(chan error, 1)
+	v.wg.Go(func() { failed <- receive(f, requests) })
 	late := time.NewTimer(firstRequest)
 	defer late.Stop()
-	var first *discovery.DeltaDiscoveryRequest
+	var first Q
 	select {
 	case first = <-requests:
 	case err := <-failed:
@@ -100,13 +129,13 @@ func (v *service) DeltaAggregatedResources(gs discovery.AggregatedDiscoveryServi
 	case <-v.ctx.Done():
 		return errStopping
 	}
-	st, err := v.welcome(gs.Context(), first.GetNode())
+	st, err := v.welcome(f.Context(), first.GetNode())
 	if err != nil {
 		v.cfg.Log.Debug("xds: proxy is refused", "node", first.GetNode().GetId(), "error", err)
 		return err
 	}
-	v.handle(st, first)
-	err = v.own(st, gs, requests, failed)
+	take(v, st, f, first)
+	err = own(v, st, f, requests, failed)
 	v.unregister(st)
 	v.cfg.Log.Info("xds: proxy has gone", "proxy", st.final.ID, "reason", err)
 	return err
@@ -116,9 +145,9 @@ var errStopping = status.Error(codes.Unavailable, "the control plane stops")
 
 // receive hands requests to the owner until the stream ends; nil says that the
 // client closed it.
-func receive(gs discovery.AggregatedDiscoveryService_DeltaAggregatedResourcesServer, requests chan<- *discovery.DeltaDiscoveryRequest) error {
+func receive[Q question](f *form[Q], requests chan<- Q) error {
 	for {
-		q, err := gs.Recv()
+		q, err := f.receive()
 		if errors.Is(err, io.EOF) {
 			return nil
 		}
@@ -127,8 +156,8 @@ func receive(gs discovery.AggregatedDiscoveryService_DeltaAggregatedResourcesSer
 		}
 		select {
 		case requests <- q:
-		case <-gs.Context().Done():
-			return gs.Context().Err()
+		case <-f.Context().Done():
+			return f.Context().Err()
 		}
 	}
 }
@@ -192,8 +221,8 @@ func (v *service) identify(ctx context.Context, node *corev3.Node) (lb.Identity,
 			return identity, status.Error(codes.FailedPrecondition, err.Error())
 		}
 	}
-	if v.tenant != "" && (identity.Role != lb.Sidecar || identity.Tenant != v.tenant) {
-		return identity, status.Errorf(codes.PermissionDenied, "node id %q: this socket serves sidecars of tenant %s only", node.GetId(), v.tenant)
+	if v.tenant != "" && (!identity.Beside() || identity.Tenant != v.tenant) {
+		return identity, status.Errorf(codes.PermissionDenied, "node id %q: this socket serves sidecars and gRPC clients of tenant %s only", node.GetId(), v.tenant)
 	}
 	return identity, nil
 }
@@ -234,6 +263,9 @@ func (v *service) welcome(ctx context.Context, node *corev3.Node) (*stream, erro
 func (s *Server) register(ctx context.Context, st *stream) error {
 	for {
 		s.mu.Lock()
+		if st.identity.Role == lb.Proxyless {
+			st.id = s.vacant(st.identity)
+		}
 		old := s.live[st.id]
 		if old == nil {
 			break
@@ -272,6 +304,17 @@ func (s *Server) register(ctx context.Context, st *stream) error {
 	return nil
 }
 
+// vacant is the first id of a gRPC client that no stream has: its library opens
+// one stream for each name that the application dials, all with the same node
+// id, and every process of the instance does the same. s.mu is held.
+func (s *Server) vacant(identity lb.Identity) string {
+	id := identity.String()
+	for n := 2; s.live[id] != nil; n++ {
+		id = identity.String() + "#" + strconv.Itoa(n)
+	}
+	return id
+}
+
 func (s *Server) unregister(st *stream) {
 	st.final = st.status(false)
 	st.final.Since = s.cfg.Now()
@@ -291,14 +334,14 @@ func (s *Server) unregister(st *stream) {
 
 // own is the owner's loop: it feeds the state and hands what comes out to the
 // sender, one response at a time, so that each is made from the newest World.
-func (v *service) own(st *stream, gs grpc.ServerStream, requests <-chan *discovery.DeltaDiscoveryRequest, failed <-chan error) error {
-	out, sent := make(chan *response, 1), make(chan struct{}, 1)
+func own[Q question](v *service, st *stream, f *form[Q], requests <-chan Q, failed <-chan error) error {
+	out, sent := make(chan answer, 1), make(chan struct{}, 1)
 	defer close(out)
-	v.wg.Go(func() { v.send(gs, out, sent) })
+	v.wg.Go(func() { v.send(f, out, sent) })
 	var at position // last told to the tracker
 	for idle := true; ; {
 		if idle {
-			if r := st.state.next(); r != nil {
+			if r, ok := f.next(st.state); ok {
 				out <- r
 				idle = false
 			}
@@ -310,17 +353,17 @@ func (v *service) own(st *stream, gs grpc.ServerStream, requests <-chan *discove
 		}
 		select {
 		case q := <-requests:
-			v.handle(st, q)
+			take(v, st, f, q)
 		case <-sent:
 			idle = true
 		case <-st.poke:
 			v.advance(st)
-		case f := <-st.asks:
-			f(st.state)
+		case ask := <-st.asks:
+			ask(st.state)
 		case err := <-failed:
 			return err
-		case <-gs.Context().Done():
-			return gs.Context().Err()
+		case <-f.Context().Done():
+			return f.Context().Err()
 		case <-st.replaced:
 			return status.Errorf(codes.Aborted, "node id %q: a newer proxy has come with this id", st.id)
 		case <-v.ctx.Done():
@@ -331,23 +374,28 @@ func (v *service) own(st *stream, gs grpc.ServerStream, requests <-chan *discove
 
 // send is the sender's loop. When sending fails the stream has ended, which the
 // owner sees by itself.
-func (v *service) send(gs grpc.ServerStream, out <-chan *response, sent chan<- struct{}) {
+func (v *service) send(gs grpc.ServerStream, out <-chan answer, sent chan<- struct{}) {
 	for r := range out {
 		if gs.SendMsg(r) != nil {
 			return
 		}
-		v.metrics.responses[r.Type].Inc()
+		v.metrics.responses[r.kind()].Inc()
 		v.metrics.bytes.Add(float64(r.size()))
 		sent <- struct{}{}
 	}
 }
 
-func (v *service) handle(st *stream, q *discovery.DeltaDiscoveryRequest) {
+// take hands a request to the state.
+func take[Q question](v *service, st *stream, f *form[Q], q Q) {
 	t, ok := envoy.TypeOf(q.GetTypeUrl())
 	if !ok {
 		v.cfg.Log.Debug("xds: proxy asks for a type that is not served", "proxy", st.id, "type", q.GetTypeUrl())
 		return
 	}
+	v.handle(st, t, f.delta(st.state, t, q))
+}
+
+func (v *service) handle(st *stream, t envoy.Type, q *discovery.DeltaDiscoveryRequest) {
 	if e := q.GetErrorDetail(); e != nil {
 		v.metrics.nacks[t].Inc()
 	}
