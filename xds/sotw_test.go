@@ -10,7 +10,6 @@ import (
 	discovery "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	"github.com/google/go-cmp/cmp"
 	rpcstatus "google.golang.org/genproto/googleapis/rpc/status"
-	"google.golang.org/grpc/mem"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/testing/protocmp"
 	"google.golang.org/protobuf/types/known/anypb"
@@ -300,7 +299,7 @@ func TestWholeResponse(t *testing.T) {
 		t.Fatal(err)
 	}
 	got := &discovery.DiscoveryResponse{}
-	if err := proto.Unmarshal(mem.BufferSlice(data).Materialize(), got); err != nil {
+	if err := proto.Unmarshal(data.Materialize(), got); err != nil {
 		t.Fatal(err)
 	}
 	if d := cmp.Diff(want, got, protocmp.Transform()); d != "" {
