@@ -76,7 +76,11 @@ func asProxy(id string) (*lb.View, error) {
 	if err != nil || !identity.Beside() {
 		return nil, err
 	}
-	return &lb.View{Kind: lb.ViewTenant, Tenant: identity.Tenant, Service: identity.Service, Why: "sidecar " + id}, nil
+	who := "sidecar "
+	if identity.Role == lb.Proxyless {
+		who = "gRPC client "
+	}
+	return &lb.View{Kind: lb.ViewTenant, Tenant: identity.Tenant, Service: identity.Service, Why: who + id}, nil
 }
 
 // carriers are the connected proxies that would carry the request, with what
