@@ -270,4 +270,9 @@ func TestGRPCClientOfAnotherTenant(t *testing.T) {
 		})
 	}
 	g.Wait()
+	for _, p := range m.s.Proxies() {
+		if p.Types != [envoy.Types]TypeStatus{} {
+			t.Errorf("%s has %+v", p.ID, p.Types)
+		}
+	}
 }

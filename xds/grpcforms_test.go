@@ -2,7 +2,9 @@ package xds
 
 import (
 	"context"
+	"net"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -11,7 +13,9 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/anypb"
 
 	"github.com/roostmesh/roost/lb"
@@ -60,6 +64,9 @@ func everyForm(m *mesh, a, b string) {
 	m.acked(m.publish(list...))
 }
 
+// maxCalls is the circuit breaker of the services that policySpecs makes.
+const maxCalls = 7
+
 // name4 is a service's name for a policy.
 func name4(policy string) string { return "by-" + policy[:4] }
 
@@ -67,7 +74,7 @@ func policySpecs() []*lb.ServiceSpec {
 	out := []*lb.ServiceSpec{spec("acme", "shop")}
 	for _, policy := range []string{"ring_hash", "least_request", "random", "maglev"} {
 		s := spec("acme", name4(policy))
-		s.Policy, s.OutlierDetection, s.CircuitBreaker = policy, &lb.OutlierDetection{Consecutive5xx: 3, EjectionTime: time.Second}, &lb.CircuitBreaker{MaxRequests: 7}
+		s.Policy, s.OutlierDetection, s.CircuitBreaker = policy, &lb.OutlierDetection{Consecutive5xx: 3, EjectionTime: time.Second}, &lb.CircuitBreaker{MaxRequests: maxCalls}
 		out = append(out, s)
 	}
 	return out
@@ -82,7 +89,8 @@ func TestGRPCTakesEveryForm(t *testing.T) {
 	everyForm(m, a, b)
 	dial := m.caller("grpc~acme~web~1")
 	shop := dial("shop.acme")
-	ctx := shop.ctx
+	ctx, cancel := context.WithTimeout(shop.ctx, soon)
+	t.Cleanup(cancel)
 	for _, c := range []struct {
 		headers []string
 		want    []string
@@ -111,8 +119,70 @@ func TestGRPCTakesEveryForm(t *testing.T) {
 			t.Errorf("%s: 300 calls by weight 2 and 1: %v", policy, got)
 		}
 	}
+	full(dial(name4("random") + ".acme"))
 	for _, p := range m.s.Problems() {
 		t.Errorf("%+v", p)
+	}
+}
+
+// soon is shorter than the 15 s for which gRPC waits for what does not come.
+const soon = 10 * time.Second
+
+// full has as many streams open as the circuit breaker allows: one call more
+// fails at once, until a stream ends.
+func full(c *grpcCaller) {
+	c.t.Helper()
+	ctx, cancel := context.WithCancel(c.ctx)
+	defer cancel()
+	for range maxCalls {
+		stream, err := c.client.Watch(ctx, &healthpb.HealthCheckRequest{})
+		if err != nil {
+			c.t.Fatal(err)
+		}
+		if _, err := stream.Recv(); err != nil {
+			c.t.Fatal(err)
+		}
+	}
+	if _, err := c.call(); status.Code(err) != codes.Unavailable || !strings.Contains(err.Error(), "max requests") {
+		c.t.Errorf("a call beyond the circuit breaker: %v", err)
+	}
+	cancel()
+	if err := untilAnswered(c.ctx, c); err != nil {
+		c.t.Error(err)
+	}
+}
+
+// TestGRPCEjects: an instance that fails every call is left out after a while.
+func TestGRPCEjects(t *testing.T) {
+	t.Parallel()
+	good, _ := grpcServer(t)
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	bad := grpc.NewServer() // it knows no service
+	go func() { _ = bad.Serve(l) }()
+	t.Cleanup(bad.Stop)
+	s := spec("acme", "shop")
+	s.OutlierDetection = &lb.OutlierDetection{Consecutive5xx: 3, EjectionTime: time.Minute}
+	m := newMesh(t, s)
+	m.publish(at("acme/shop", "1", good, 1), at("acme/shop", "2", l.Addr().String(), 1))
+	shop := m.caller("grpc~acme~web~1")("shop.acme")
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	failed := 0
+	for row := 0; row < 50; row++ {
+		if _, err := shop.call(); err != nil {
+			row, failed = -1, failed+1
+		}
+		select {
+		case <-tick.C:
+		case <-m.ctx.Done():
+			t.Fatalf("%d calls have failed, and they still do", failed)
+		}
+	}
+	if failed == 0 {
+		t.Error("no call has failed: the broken instance was never asked")
 	}
 }
 
