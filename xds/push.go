@@ -47,7 +47,7 @@ func (s *state) next() *response {
 // answer makes the answer to new subscriptions, which waits for nothing.
 func (s *state) answer(t envoy.Type) *response {
 	ts := &s.types[t]
-	b := batch{since: s.version}
+	b := s.batch()
 	for _, name := range slices.Sorted(maps.Keys(ts.answers)) {
 		r := s.sendable(t, name)
 		if r != nil && !b.add(r) {
@@ -125,7 +125,7 @@ func (s *state) push(t envoy.Type) (r *response, more bool) {
 	if len(ready) == 0 && ts.owed == 0 {
 		return nil, blocked
 	}
-	b := batch{since: s.version}
+	b := s.batch()
 	b.owe(ts.owed)
 	ts.owed = 0
 	for _, r := range ready {
@@ -207,7 +207,7 @@ func (s *state) isolate(t envoy.Type) *response {
 			s.unpruned = true
 			continue
 		}
-		b := batch{since: s.version}
+		b := s.batch()
 		b.add(r)
 		b.owe(sus.since)
 		b.owe(ts.dirty[name])
@@ -290,7 +290,7 @@ func (s *state) prune() *response {
 	s.spare(gone)
 	for t := envoy.Types; t > 0; {
 		t--
-		b := batch{since: s.version}
+		b := s.batch()
 		for n := range gone {
 			if n.Type == t {
 				b.removed = append(b.removed, n.Name)
@@ -368,11 +368,14 @@ type batch struct {
 	removed   []string
 	size      int
 	since     uint64
+	unsplit   bool // of any size
 }
+
+func (s *state) batch() batch { return batch{since: s.version, unsplit: s.unsplit} }
 
 // add takes a resource in unless the response would become too large.
 func (b *batch) add(r *envoy.Resource) bool {
-	if b.size+len(r.Body) > maxResponse && len(b.resources) > 0 {
+	if b.size+len(r.Body) > maxResponse && len(b.resources) > 0 && !b.unsplit {
 		return false
 	}
 	b.size += len(r.Body)

@@ -73,6 +73,7 @@ func (w *sotw) delta(s *state, t envoy.Type, q *discovery.DiscoveryRequest) *dis
 
 // next makes the response that is to be sent now, or returns nil.
 func (w *sotw) next(s *state) *wholeResponse {
+	s.unsplit = true
 	for {
 		r := s.next()
 		switch {

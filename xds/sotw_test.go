@@ -275,6 +275,22 @@ var wholeCases = []struct{ name, script string }{
 		> 4 cluster:`},
 }
 
+// TestWholeIsNotSplit: a client that comes again would remove what comes later.
+func TestWholeIsNotSplit(t *testing.T) {
+	changed := map[envoy.Name]*envoy.Resource{}
+	for i := range 5 {
+		r := resource(t, fmt.Sprintf("cluster/%d@1", i))
+		r.Body = make([]byte, maxResponse/2)
+		changed[r.Name] = r
+	}
+	world, _ := fakeWorld{}.with(changed)
+	x := &wholeScript{script: script{t: t, s: newState(world, 1, nil), sent: map[string]*response{}}}
+	x.run(`
+		back cluster
+		> 1 cluster: 0@1 1@1 2@1 3@1 4@1
+		ack 1`)
+}
+
 // TestWholeResponse: what is sent is what protobuf reads, and a resource's bytes
 // are not copied.
 func TestWholeResponse(t *testing.T) {

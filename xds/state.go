@@ -30,6 +30,9 @@ type state struct {
 	// fruitless search, which costs a walk over everything held.
 	unpruned bool
 	taken    taken // by the last request
+	// unsplit has responses be as large as they get: a client of the state of the
+	// world removes what is not in them.
+	unsplit bool
 }
 
 // taken are the clusters whose endpoints a request ACKed, as the World of a
