@@ -37,7 +37,7 @@ func newMetrics(r prometheus.Registerer, queued func() int) *metrics {
 	for t := range envoy.Types {
 		m.responses[t], m.bytes[t], m.nacks[t] = responses.WithLabelValues(t.String()), bytes.WithLabelValues(t.String()), nacks.WithLabelValues(t.String())
 	}
-	for _, role := range []lb.Role{lb.Sidecar, lb.Node, lb.Gateway} {
+	for _, role := range []lb.Role{lb.Sidecar, lb.Node, lb.Gateway, lb.Proxyless} {
 		m.proxies.WithLabelValues(string(role))
 	}
 	for _, reason := range []string{refusedRate, refusedFull, refusedIdentity, refusedBounds} {

@@ -52,7 +52,7 @@ func (s *state) answer(t envoy.Type) *response {
 	if ts.answers.len() == 0 || len(ts.out) >= maxUnacked {
 		return nil
 	}
-	b := batch{since: s.version}
+	b := s.batch()
 	b.expect(ts.answers.len())
 	for name := range ts.answers.m {
 		r, current := s.sendable(t, name)
@@ -133,7 +133,7 @@ func (s *state) push(t envoy.Type) (r *response, more bool) {
 	if len(ready) == 0 && ts.owed == 0 {
 		return nil, blocked
 	}
-	b := batch{since: s.version}
+	b := s.batch()
 	b.resources = ready[:0] // it is read before it is written
 	b.owe(ts.owed)
 	ts.owed = 0
@@ -166,7 +166,7 @@ func (s *state) due(t envoy.Type) (ready []*envoy.Resource, blocked bool) {
 	ts := &s.types[t]
 	size := 0
 	for name := range ts.dirty.m {
-		if size > maxResponse {
+		if size > maxResponse && !s.unsplit {
 			break
 		}
 		r, done := s.owes(t, name)
@@ -234,7 +234,7 @@ func (s *state) isolate(t envoy.Type) *response {
 			s.unpruned = true
 			continue
 		}
-		b := batch{since: s.version}
+		b := s.batch()
 		b.add(r)
 		b.owe(sus.since)
 		b.owe(ts.dirty.get(name))
@@ -320,7 +320,7 @@ func (s *state) prune() *response {
 	s.spare(gone)
 	for t := envoy.Types; t > 0; {
 		t--
-		b := batch{since: s.version}
+		b := s.batch()
 		for n := range gone {
 			if n.Type == t {
 				b.removed = append(b.removed, n.Name)
@@ -398,11 +398,14 @@ type batch struct {
 	removed   []string
 	size      int
 	since     uint64
+	unsplit   bool // of any size
 }
+
+func (s *state) batch() batch { return batch{since: s.version, unsplit: s.unsplit} }
 
 // add takes a resource in unless the response would become too large.
 func (b *batch) add(r *envoy.Resource) bool {
-	if b.size+len(r.Body) > maxResponse && len(b.resources) > 0 {
+	if b.size+len(r.Body) > maxResponse && len(b.resources) > 0 && !b.unsplit {
 		return false
 	}
 	b.size += len(r.Body)

@@ -1,5 +1,6 @@
 // Package xds has one job: bring every Envoy to what its view of the newest
-// World says, over delta ADS.
+// World says, over delta ADS; and gRPC clients, which speak the state of the
+// world.
 //
 // In go Worlds with what changed in them ([Server.Publish]) and the streams of
 // proxies; out come responses, and what each proxy holds, refuses and owes.
@@ -18,7 +19,8 @@
 // Streams wait until the first Publish. The order of resources, and what waits
 // for what, is in state, which is pure: state.go (what is known of a client),
 // subscribe.go (what it asks for, and resumes), push.go (what to send now),
-// settle.go (ACK, NACK, retry, progress).
+// settle.go (ACK, NACK, retry, progress). It speaks delta; sotw.go translates for
+// clients of the other form.
 //
 // For wildcard types (clusters, listeners) the package takes View.All to list
 // exactly what View.Get finds.
@@ -124,11 +126,11 @@ type Progress struct {
 // Listener is a socket that serves proxies.
 type Listener struct {
 	net.Listener
-	// Tenant, where set, is the only one whose sidecars are served here.
+	// Tenant, where set, is the only one whose sidecars and gRPC clients are served here.
 	Tenant string
 }
 
-// Server serves delta ADS.
+// Server serves ADS in both forms.
 type Server struct {
 	// Fixed at construction.
 	cfg       Config

@@ -144,9 +144,17 @@ func (s *state) refuse(r *envoy.Resource, text string, now time.Time, rejected [
 }
 
 // blame finds the resources of a refused response that its text names, with
-// what it says of each. applied says that Envoy has taken all others.
+// what it says of each. applied says that the client has taken all others.
 func blame(r *response, text string) (guilty map[string]string, applied bool) {
 	guilty = map[string]string{}
+	if said := saidByGRPC(text); len(said) > 0 {
+		for _, res := range r.resources {
+			if about, ok := said[res.Name.Name]; ok {
+				guilty[res.Name.Name] = about
+			}
+		}
+		return guilty, true
+	}
 	_, list, listed := strings.Cut(text, "Error adding/updating listener(s) ")
 	if !listed {
 		_, list, listed = strings.Cut(text, "Error adding/updating cluster(s) ")

@@ -34,6 +34,9 @@ type state struct {
 	unpruned bool
 	taken    taken // by the last request
 	sets     *sets // shared with other streams
+	// unsplit has responses be as large as they get: a client of the state of the
+	// world removes what is not in them.
+	unsplit bool
 }
 
 // taken are the clusters whose endpoints a request ACKed, as the World of a

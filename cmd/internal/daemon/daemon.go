@@ -281,7 +281,7 @@ func (d *Daemon) Release(ctx context.Context, source string) error {
 
 // admit completes the identity that a proxy claims.
 func (d *Daemon) admit(id lb.Identity) (lb.Identity, error) {
-	if id.Role != lb.Sidecar || id.Node != "" {
+	if !id.Beside() || id.Node != "" {
 		return id, nil
 	}
 	s := d.snapshot.Load()
@@ -296,7 +296,7 @@ func (d *Daemon) admit(id lb.Identity) (lb.Identity, error) {
 		}
 	}
 	if len(nodes) > 1 {
-		return id, fmt.Errorf("%d instances are called %s/%s/%s, on the nodes %v: start this sidecar as %s/%s/%s@NODE", len(nodes), id.Tenant, id.Service, id.Instance, nodes, id.Tenant, id.Service, id.Instance)
+		return id, fmt.Errorf("%d instances are called %s/%s/%s, on the nodes %v: start this one as %s/%s/%s@NODE", len(nodes), id.Tenant, id.Service, id.Instance, nodes, id.Tenant, id.Service, id.Instance)
 	}
 	return id, nil
 }
