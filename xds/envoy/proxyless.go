@@ -12,13 +12,13 @@ import (
 // proxylessSet is every resource of one service in the form that gRPC takes,
 // each made when the first gRPC client asks for it, and shared by all of them.
 type proxylessSet struct {
-	clusters, endpoints, listeners, routes func() []*Resource
+	clusters, endpoints, listeners, routes *lazy
 }
 
 // newProxylessSet shares what set shares with before, which may be nil.
 func newProxylessSet(before, set *serviceSet) *proxylessSet {
 	s, mesh := set.service, set.mesh
-	out := &proxylessSet{endpoints: sync.OnceValue(func() []*Resource {
+	out := &proxylessSet{endpoints: onDemand(func() []*Resource {
 		return eachCluster(s, func(port int, version, name string) *Resource {
 			return encode(Endpoint, name, proxyless.Assignment(s, port, version, name))
 		})
@@ -26,7 +26,7 @@ func newProxylessSet(before, set *serviceSet) *proxylessSet {
 	if before != nil && before.service.Spec == s.Spec && slices.Equal(before.service.Versions, s.Versions) {
 		out.clusters = before.proxyless.clusters
 	} else {
-		out.clusters = sync.OnceValue(func() []*Resource {
+		out.clusters = onDemand(func() []*Resource {
 			return eachCluster(s, func(_ int, _, name string) *Resource {
 				return encode(Cluster, name, proxyless.Cluster(s, name), Name{Endpoint, name})
 			})
@@ -35,7 +35,7 @@ func newProxylessSet(before, set *serviceSet) *proxylessSet {
 	if before != nil && before.service.Spec == s.Spec {
 		out.listeners = before.proxyless.listeners
 	} else {
-		out.listeners = sync.OnceValue(func() []*Resource {
+		out.listeners = onDemand(func() []*Resource {
 			var list []*Resource
 			for _, t := range proxyless.Targets(s) {
 				list = append(list, encode(Listener, t.Name, proxyless.Listener(s, t), Name{Route, lb.RouteNameOf(s.Key, t.Port.Port)}))
@@ -98,13 +98,13 @@ func (v proxylessView) Get(n Name) *Resource {
 	}
 	switch {
 	case n.Type == Cluster && v.holds(s):
-		return find(s.proxyless.clusters(), n)
+		return find(s.proxyless.clusters.get(), n)
 	case n.Type == Endpoint && v.holds(s):
-		return find(s.proxyless.endpoints(), n)
+		return find(s.proxyless.endpoints.get(), n)
 	case n.Type == Listener && v.sees(s):
-		return find(s.proxyless.listeners(), n)
+		return find(s.proxyless.listeners.get(), n)
 	case n.Type == Route && v.sees(s):
-		return find(s.proxyless.routes(), n)
+		return find(s.proxyless.routes.get(), n)
 	}
 	return nil
 }
@@ -115,11 +115,11 @@ func (v proxylessView) All(t Type) iter.Seq[*Resource] {
 	for _, s := range v.world.order {
 		switch {
 		case t == Cluster && v.holds(s):
-			list = append(list, s.proxyless.clusters()...)
+			list = append(list, s.proxyless.clusters.get()...)
 		case t == Endpoint && v.holds(s):
-			list = append(list, s.proxyless.endpoints()...)
+			list = append(list, s.proxyless.endpoints.get()...)
 		case t == Listener && v.sees(s):
-			list = append(list, s.proxyless.listeners()...)
+			list = append(list, s.proxyless.listeners.get()...)
 		}
 	}
 	for _, r := range absent() {

@@ -88,11 +88,11 @@ func (v *view) holds(s *serviceSet) bool {
 func (v *view) listeners(s *serviceSet) []*Resource {
 	switch v.id.Role {
 	case lb.Sidecar:
-		return s.shapes.sidecar()
+		return s.shapes.sidecar.get()
 	case lb.Node:
-		return s.shapes.node()
+		return s.shapes.node.get()
 	default:
-		return s.shapes.dedicated()
+		return s.shapes.dedicated.get()
 	}
 }
 
@@ -154,7 +154,7 @@ func (v *view) ofService(s *serviceSet, n Name) *Resource {
 		}
 	case Route:
 		if v.sees(s) {
-			return find(s.routes.encoded(), n)
+			return find(s.routes.encoded.get(), n)
 		}
 	}
 	return nil
@@ -172,7 +172,7 @@ func (v *view) ofPublic(n Name) *Resource {
 	if p == nil || p.listener.Spec.Gateway != v.id.Group {
 		return nil
 	}
-	return find(p.encoded(), n)
+	return find(p.encoded.get(), n)
 }
 
 func find(list []*Resource, n Name) *Resource {

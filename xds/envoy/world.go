@@ -51,13 +51,13 @@ type serviceSet struct {
 
 // shapes are the listeners, which do not depend on instances, made on demand.
 type shapes struct {
-	sidecar, node, dedicated func() []*Resource
+	sidecar, node, dedicated *lazy
 }
 
 // routeSet is a service's route configurations, made on demand.
 type routeSet struct {
 	reasons []string // of the mesh routes, then of the service itself
-	encoded func() []*Resource
+	encoded *lazy
 }
 
 // publicSet is every resource of one public listener.
@@ -66,7 +66,7 @@ type publicSet struct {
 	routes   []*lb.Route
 	reasons  []string // of the routes
 	secrets  []secret
-	encoded  func() []*Resource // the listener first where it can be served, its routes, its secrets
+	encoded  *lazy // the listener first where it can be served, its routes, its secrets
 }
 
 // callersCache keeps the rules of each node; they are made on demand.
@@ -215,8 +215,8 @@ func newServiceSet(before *serviceSet, sameConfig bool, world *lb.Snapshot, s *l
 }
 
 // eachPort makes one resource for each port that is served, on demand.
-func eachPort(s *lb.Service, encoded func(p *lb.Port) *Resource) func() []*Resource {
-	return sync.OnceValue(func() []*Resource {
+func eachPort(s *lb.Service, encoded func(p *lb.Port) *Resource) *lazy {
+	return onDemand(func() []*Resource {
 		var out []*Resource
 		for i := range s.Ports {
 			if s.Ports[i].Protocol == lb.UDP {
@@ -271,7 +271,7 @@ func newPublicSet(prev *Translation, s *lb.Snapshot, l *lb.Listener, secrets []s
 			return before
 		}
 	}
-	return &publicSet{listener: l, routes: routes, reasons: reasons, secrets: secrets, encoded: sync.OnceValue(func() []*Resource {
+	return &publicSet{listener: l, routes: routes, reasons: reasons, secrets: secrets, encoded: onDemand(func() []*Resource {
 		var out []*Resource
 		if r := public(s.Config, l, secrets); r != nil {
 			out = append(out, r)

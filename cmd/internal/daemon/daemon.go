@@ -107,7 +107,7 @@ func (d *Daemon) open(ctx context.Context, c *config.Config) (err error) {
 		Name: "roost_change_seconds", Help: "From a source's answer to the last proxy's ACK of the change.",
 		Buckets: []float64{.001, .002, .004, .008, .015, .03, .06, .125, .25, .5, 1, 2, 5, 10},
 	})
-	d.Registry.MustRegister(latency)
+	d.Registry.MustRegister(latency, newSizes(d.world.Load))
 	d.Events = events.New(nil, func(t time.Duration) { latency.Observe(t.Seconds()) })
 	if err := d.openStore(ctx, c); err != nil {
 		return err

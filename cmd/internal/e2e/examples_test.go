@@ -10,6 +10,7 @@ import (
 	"regexp"
 	"strings"
 	"testing"
+	"time"
 
 	"go.yaml.in/yaml/v4"
 
@@ -196,4 +197,46 @@ func TestRequestsAreCounted(t *testing.T) {
 		}
 		return nil
 	})
+	if n, b := r.metric("roost_xds_resources"), r.metric("roost_xds_resource_bytes"); n < 4 || b < 100*n {
+		t.Errorf("%v resources are encoded, %v bytes: at least a cluster, its endpoints, a listener and a route", n, b)
+	}
+	if sent := r.metric("roost_xds_sent_bytes_total"); sent < r.metric("roost_xds_resource_bytes")/2 {
+		t.Errorf("%v bytes were sent", sent)
+	}
+}
+
+// TestLeaves: a Roost that is told to stop says that it is not ready, and still
+// serves, before it ends.
+func TestLeaves(t *testing.T) {
+	r := newRoost(host{t, ""}, onLoopback(t, "127.164.0.0/16", "services: [{name: shop, tenant: acme, ports: [{port: 18090}]}]\n")).serve()
+	ready := func() (int, string) {
+		res, err := http.Get("http://" + r.args + "/readyz")
+		if err != nil {
+			return 0, err.Error()
+		}
+		defer func() { _ = res.Body.Close() }()
+		body, _ := io.ReadAll(res.Body) // an error leaves it short
+		return res.StatusCode, string(body)
+	}
+	if code, body := ready(); code != http.StatusOK {
+		t.Fatalf("%d %s", code, body)
+	}
+	ended := make(chan struct{})
+	go func() {
+		r.run.Stop(5 * time.Second)
+		close(ended)
+	}()
+	seen := false
+	for done := false; !done; {
+		select {
+		case <-ended:
+			done = true
+		default:
+			code, body := ready()
+			seen = seen || code == http.StatusServiceUnavailable && strings.Contains(body, "about to stop")
+		}
+	}
+	if !seen {
+		t.Error("it has ended without a word")
+	}
 }
