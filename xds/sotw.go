@@ -3,11 +3,13 @@ package xds
 import (
 	"crypto/sha256"
 	"encoding/hex"
+	"fmt"
 	"time"
 
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	discovery "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	"google.golang.org/grpc"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/roostmesh/roost/xds/envoy"
 )
@@ -42,7 +44,12 @@ func (w *sotw) forget() { w.q = nil }
 
 func (w *sotw) typeURL() string { return w.q.GetTypeUrl() }
 
-func (w *sotw) node() (*corev3.Node, error) { return w.q.GetNode(), nil }
+func (w *sotw) node() (*corev3.Node, error) {
+	if n := proto.Size(w.q.GetNode()); n > maxNode {
+		return nil, fmt.Errorf("it has %d bytes, more than %d", n, maxNode)
+	}
+	return w.q.GetNode(), nil
+}
 
 // whole says that a response of this type is taken for all there is.
 func whole(t envoy.Type) bool { return t.Wildcard() }

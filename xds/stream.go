@@ -27,7 +27,7 @@ import (
 // Bounds on what a client may cost before and after it is known.
 const (
 	maxHeaders   = 16 << 10
-	maxStreams   = 100 // per connection; an Envoy needs two
+	maxStreams   = 1000 // per connection; an Envoy needs two, a gRPC client one for each name that it dials
 	firstRequest = 15 * time.Second
 	handshake    = 10 * time.Second
 	pingAfter    = 30 * time.Second

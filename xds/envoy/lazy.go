@@ -8,15 +8,15 @@ import (
 // lazy is a list of resources that is made when the first proxy asks for it.
 type lazy struct {
 	once sync.Once
-	make func() []*Resource
+	fill func() []*Resource
 	made atomic.Pointer[[]*Resource]
 }
 
-func onDemand(make func() []*Resource) *lazy { return &lazy{make: make} }
+func onDemand(fill func() []*Resource) *lazy { return &lazy{fill: fill} }
 
 func (l *lazy) get() []*Resource {
 	l.once.Do(func() {
-		list := l.make()
+		list := l.fill()
 		l.made.Store(&list)
 	})
 	return *l.made.Load()
