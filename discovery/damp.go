@@ -67,25 +67,15 @@ func (m *merge) note(i *Instance, t touched, came bool) {
 	m.touch(i.Key, t)
 }
 
-// waits says whether a dirty service has changed for what flaps alone, and that not
-// long ago.
+// waits says whether a dirty service has changed for what flaps alone, and has to
+// wait for others: all of them are told together, so that a proxy that holds many
+// gets one response.
 func (m *merge) waits(k Key, now time.Time) bool {
-	return m.late[k] && now.Sub(m.told[k]) < dampEvery
+	return m.late[k] && now.Sub(m.flushed) < dampEvery
 }
 
-// overdue says that a service which had to wait is to be told now. It also forgets
-// what nobody needs.
+// overdue says that services which had to wait are to be told now.
 func (m *merge) overdue(now time.Time) bool {
 	m.damp.forget(now)
-	for k, at := range m.told {
-		if now.Sub(at) >= dampEvery && !m.late[k] {
-			delete(m.told, k)
-		}
-	}
-	for k := range m.late {
-		if !m.waits(k, now) {
-			return true
-		}
-	}
-	return false
+	return len(m.late) > 0 && now.Sub(m.flushed) >= dampEvery
 }

@@ -16,7 +16,7 @@ type merge struct {
 	where   map[Key]map[where]bool // the scopes that have instances of a service
 	damp    damper                 // nil: nothing is damped
 	late    map[Key]bool           // dirty for what flaps alone
-	told    map[Key]time.Time      // when a service that flaps was told
+	flushed time.Time              // when what flaps was last told
 	version uint64
 	now     func() time.Time
 }
@@ -72,7 +72,7 @@ type scopeState struct {
 }
 
 func newMerge(config Config) *merge {
-	m := &merge{config: config, metrics: newMetrics(config.Registerer), sources: map[string]*sourceState{}, dirty: map[Key]touched{}, where: map[Key]map[where]bool{}, late: map[Key]bool{}, told: map[Key]time.Time{}, now: time.Now}
+	m := &merge{config: config, metrics: newMetrics(config.Registerer), sources: map[string]*sourceState{}, dirty: map[Key]touched{}, where: map[Key]map[where]bool{}, late: map[Key]bool{}, now: time.Now}
 	for _, s := range config.Sources {
 		m.source(s.Name())
 	}

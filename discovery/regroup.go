@@ -24,14 +24,14 @@ func (m *merge) catalog() *Catalog {
 }
 
 func (m *merge) regroup() {
-	groups, now := m.groups.Edit(), m.now()
+	groups, now, flushed := m.groups.Edit(), m.now(), m.flushed
 	lists := m.listed(now)
 	for key, at := range m.dirty {
 		if m.waits(key, now) {
 			continue
 		}
 		if m.late[key] {
-			m.told[key] = now
+			flushed = now
 			delete(m.late, key)
 		}
 		delete(m.dirty, key)
@@ -47,7 +47,7 @@ func (m *merge) regroup() {
 		list = slices.CompactFunc(list, func(a, b *Instance) bool { return idOf(a) == idOf(b) })
 		groups.Set(key, &Group{Key: key, Instances: list, Source: at.source, Index: at.index, Seen: at.seen})
 	}
-	m.groups = groups.Table()
+	m.groups, m.flushed = groups.Table(), flushed
 }
 
 // listed are the instances of the dirty services that do not wait. Each scope that has some is gone
