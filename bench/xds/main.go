@@ -58,7 +58,7 @@ type options struct {
 func main() {
 	var o options
 	flag.StringVar(&o.output, "o", "table", "table or json")
-	flag.StringVar(&o.parts, "parts", "change,pipeline,allocs", "what to measure")
+	flag.StringVar(&o.parts, "parts", "change,pipeline,flapping,allocs", "what to measure")
 	flag.StringVar(&o.sizes, "sizes", "2000x10,2000x100,2000x1000,200x10000", "change: proxies and the services that each holds")
 	flag.IntVar(&o.each, "each", 3, "change, allocs: endpoints of each service")
 	flag.IntVar(&o.rounds, "rounds", 2, "change: rounds of each side; one where proxies x services pass 500,000")
@@ -104,7 +104,7 @@ func (o options) small() options {
 // stepTimeout bounds one step of a part: a cold start, a change, a reconnect.
 const stepTimeout = 5 * time.Minute
 
-var parts = map[string]func(context.Context, options) ([]figure, error){"change": change, "pipeline": pipeline, "allocs": allocs}
+var parts = map[string]func(context.Context, options) ([]figure, error){"change": change, "pipeline": pipeline, "allocs": allocs, "flapping": flapping}
 
 func run(ctx context.Context, o options, out io.Writer) (met bool, err error) {
 	met = true

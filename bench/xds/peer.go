@@ -109,6 +109,10 @@ func (p *peer) change(service int) (answer, error) {
 	return answer{Name: name, At: at}, err
 }
 
+func (p *peer) flap(time.Duration) ([]landed, error) {
+	return nil, errors.New("the peer has nothing that flaps")
+}
+
 func (p *peer) load(int, time.Duration) ([]landed, error) {
 	return nil, errors.New("the peer is not put under load")
 }

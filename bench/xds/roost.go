@@ -17,6 +17,8 @@ type roost struct {
 	world   *world
 	server  *xds.Server
 	serving chan error
+	ctx     context.Context // of start: what it starts ends with it
+	flaps   *flapper        // nil before the first flap
 }
 
 // admitted is enough for every proxy of a part at once: how fast Roost lets them in
@@ -24,7 +26,7 @@ type roost struct {
 const admitted = 100_000
 
 func (r *roost) start(ctx context.Context, s size, l net.Listener) (answer, error) {
-	r.world = newWorld(s)
+	r.ctx, r.world = ctx, newWorld(s)
 	r.server = xds.New(xds.Config{Node: "h1", Admission: xds.Admission{PerSecond: admitted, Burst: admitted}})
 	began := time.Now()
 	r.server.Publish(r.world.build())
@@ -38,6 +40,9 @@ func (r *roost) start(ctx context.Context, s size, l net.Listener) (answer, erro
 func (r *roost) wait() (err error) {
 	if r.serving != nil {
 		err = <-r.serving
+	}
+	if r.flaps != nil {
+		err = errors.Join(err, <-r.flaps.ended)
 	}
 	return err
 }

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/netip"
 	"os"
 	"runtime"
 	"runtime/debug"
@@ -51,6 +52,9 @@ type landed struct {
 	Name    string `json:"name"`
 	Version string `json:"version"`
 	At      int64  `json:"at"`
+
+	service int
+	moved   netip.Addr // the address that it moved to
 }
 
 // server is one of the two that are measured.
@@ -61,6 +65,8 @@ type server interface {
 	change(service int) (answer, error)
 	// load moves endpoints at a rate for a time.
 	load(rate int, d time.Duration) ([]landed, error)
+	// flap has instances turn over for a time.
+	flap(d time.Duration) ([]landed, error)
 	// wait returns when everything that start has started has ended, and why it
 	// has where ctx was not the reason.
 	wait() error
@@ -121,6 +127,9 @@ func (p *process) do(ctx context.Context, c command) (answer, error) {
 		return p.change(c.Service)
 	case "load":
 		list, err := p.load(c.Rate, c.For)
+		return answer{Landed: list}, err
+	case "flap":
+		list, err := p.flap(c.For)
 		return answer{Landed: list}, err
 	case "usage":
 		cpu, err := cpuTime()

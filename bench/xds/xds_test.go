@@ -25,7 +25,7 @@ func TestMain(m *testing.M) {
 func TestQuick(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
-	o := options{output: "json", parts: "change,pipeline,allocs", each: 3, budget: time.Second}
+	o := options{output: "json", parts: "change,pipeline,flapping,allocs", each: 3, budget: time.Second}
 	var out bytes.Buffer
 	if _, err := run(ctx, o.small(), &out); err != nil {
 		t.Fatal(err)
@@ -43,7 +43,7 @@ func TestQuick(t *testing.T) {
 			both++
 		}
 	}
-	if len(got.Figures) != 19 || both != 12 {
+	if len(got.Figures) != 22 || both != 12 {
 		t.Errorf("%d figures, %d of both sides", len(got.Figures), both)
 	}
 }
