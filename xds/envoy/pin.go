@@ -111,8 +111,8 @@ func (p *Pin) clusters() iter.Seq[string] {
 	}
 }
 
-// Replaces says whether the good version may stand in the place of the built
-// one; the reason is for people. A listener stays where it is and leads nowhere
+// Replaces says why the good version may not stand in the place of the built one,
+// for people. A listener stays where it is, leads nowhere else and needs nothing
 // else.
 func Replaces(good, built *Resource) (why string) {
 	if good.Type != Listener {
@@ -130,8 +130,8 @@ func Replaces(good, built *Resource) (why string) {
 		return "its earlier version is on another address"
 	}
 	for _, n := range good.Refs {
-		if n.Type == Cluster && !slices.Contains(built.Refs, n) {
-			return "its earlier version leads to " + n.Name + ", where it is not to lead any more"
+		if !slices.Contains(built.Refs, n) {
+			return fmt.Sprintf("its earlier version needs %s %s, and it is not to any more", n.Type, n.Name)
 		}
 	}
 	return ""
@@ -164,7 +164,7 @@ func (t *Translation) Built(n Name, version string) *Resource {
 // Pinned is a World with Pins laid over it.
 type Pinned struct {
 	world *Translation
-	pins  map[pinKey]*Pin    // those in force
+	pins  map[pinKey]*Pin   // those in force
 	keeps map[string][]*Pin // by the clusters that they refer to
 }
 
@@ -191,6 +191,9 @@ func (t *Translation) Pinned(pins []*Pin) *Pinned {
 	}
 	return w
 }
+
+// Lawful says that a Pin does something where its refused version is built.
+func (w *Pinned) Lawful(p *Pin) bool { return w.pins[pinKey{p.Name, p.Refused}] == p }
 
 // Version is that of the World below.
 func (w *Pinned) Version() uint64 { return w.world.Version() }

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/roostmesh/roost/lb/ledger"
@@ -55,8 +56,8 @@ func Key(n envoy.Name, refused string) ledger.MarkKey {
 
 // RecordOf writes down a Verdict that is not denied.
 func RecordOf(v Verdict) (Record, error) {
-	r := Record{Type: v.Name.Type.String(), Name: v.Name.Name, Refused: v.Refused, Message: v.Message[:min(len(v.Message), maxMessage)]}
-	r.join(v.By)
+	r := Record{Type: v.Name.Type.String(), Name: v.Name.Name, Refused: v.Refused, Message: strings.ToValidUTF8(v.Message[:min(len(v.Message), maxMessage)], "")}
+	r.By = slices.Clone(v.By[:min(len(v.By), maxBy)])
 	if v.Good == nil {
 		return r, nil
 	}
@@ -73,6 +74,9 @@ func RecordOf(v Verdict) (Record, error) {
 
 // join adds proxies that refuse the version, and says whether that is news.
 func (r *Record) join(by []string) bool {
+	if r.InForce() {
+		return false
+	}
 	before := len(r.By)
 	for _, id := range by {
 		if len(r.By) < maxBy && !slices.Contains(r.By, id) {
@@ -85,19 +89,16 @@ func (r *Record) join(by []string) bool {
 
 // Merge adds what another replica knows, and says whether that is news.
 func (r *Record) Merge(o Record) bool {
-	news := r.join(o.By)
-	if r.Good == "" && o.Good != "" && !r.InForce() {
-		r.Good, r.Body, r.Refs, news = o.Good, o.Body, o.Refs, true
+	news := !r.InForce() && r.Good == "" && o.Good != ""
+	if news {
+		r.Good, r.Body, r.Refs = o.Good, o.Body, o.Refs
 	}
-	return news
+	return r.join(o.By) || news
 }
 
 // Join adds proxies that refuse the version although nothing can be pinned where
 // they are known, and says whether that is news.
 func (r *Record) Join(by []string) bool { return r.join(by) }
-
-// Without takes proxies away that do not refuse the version any more.
-func (r *Record) Without(gone func(id string) bool) { r.By = slices.DeleteFunc(r.By, gone) }
 
 // InForce says that every proxy is to have the good version.
 func (r *Record) InForce() bool { return len(r.By) >= Several }
