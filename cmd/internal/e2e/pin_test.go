@@ -48,7 +48,7 @@ func TestPinnedRoute(t *testing.T) {
 listeners: [{name: web, address: "127.0.0.1:%d", protocol: http, gateway: edge}]
 routes:
   - {name: cart, tenant: acme, listeners: [web], match: {path_prefix: /cart}, to: [{service: cart}]}
-  - {name: shop, tenant: acme, listeners: [web], match: {%s}}
+  - {name: shop, tenant: acme, listeners: [web], match: {%s]}
 `, shop, cart, port, match)
 	}
 	// The bad version does not lead to v1 any more: its cluster lives on.
