@@ -284,10 +284,13 @@ func (v *pinnedView) kept(n Name) *Resource {
 		if parent == nil || parent.Version != p.Refused || s == nil || !v.whole(p) {
 			continue
 		}
+		list := s.endpoints
 		if n.Type == Cluster {
-			return find(s.clusters, n)
+			list = s.clusters
 		}
-		return find(s.endpoints, n)
+		if r := find(list, n); r != nil {
+			return v.replaced(r)
+		}
 	}
 	return nil
 }
@@ -307,7 +310,7 @@ func (v *pinnedView) All(t Type) iter.Seq[*Resource] {
 			continue
 		}
 		if r := v.kept(n); r != nil {
-			list = append(list, v.replaced(r))
+			list = append(list, r)
 		}
 	}
 	if len(list) > before {
