@@ -203,3 +203,37 @@ func TestPinnedWithoutPins(t *testing.T) {
 		t.Errorf("Since names %v", c.Names)
 	}
 }
+
+// TestPinThatFallsAway: a gateway holds a cluster only for the pinned version;
+// when the built one becomes another, it is told.
+func TestPinThatFallsAway(t *testing.T) {
+	public := func(regex string, to ...lb.Target) (*sinceWorld, func(map[lb.Key][]string) *Translation) {
+		w, build := pinWorld(t, regex, []lb.Grant{{Tenant: "a"}}, to...)
+		w.config.Listeners = []*lb.ListenerSpec{{Name: "web", Gateway: "edge", Protocol: lb.HTTP, Address: netip.MustParseAddrPort("0.0.0.0:8080")}}
+		w.config.Routes[0].Listeners = []string{"web"}
+		return w, build
+	}
+	_, before := public("/good", lb.Target{Service: sinceKeys[3], Version: "v1", Weight: 1})
+	proxy, name := Proxy{Identity: pinIdentities[3]}, Name{Route, "web"}
+	w, build := public("/bad")
+	pin, err := NewPin(name, build(nil).View(proxy).Get(name).Version, before(nil).View(proxy).Get(name))
+	if err != nil {
+		t.Fatal(err)
+	}
+	pins := []*Pin{pin}
+	world := build(Keeps(pins))
+	overlaid := world.Pinned(pins)
+	clear(w.instances) // now the route says that there is none
+	next := Translate(world, w.build(), nil).Pinned(pins)
+	change := next.Since(overlaid)
+	for _, n := range []Name{{Cluster, "z.b:http@v1"}, {Endpoint, "z.b:http@v1"}} {
+		had, has := overlaid.View(proxy).Get(n), next.View(proxy).Get(n)
+		listed := slices.ContainsFunc(slices.Collect(overlaid.View(proxy).All(n.Type)), func(r *Resource) bool { return r == had })
+		if had == nil || !listed || has != nil || change.Views || !slices.Contains(change.Names, n) {
+			t.Errorf("%v: had %v, listed %v, has %v, Since names %+v", n, had != nil, listed, has != nil, change)
+		}
+	}
+	if r := next.View(proxy).Get(name); r == nil || r.InPlaceOf != "" {
+		t.Errorf("the route is %+v", r)
+	}
+}
