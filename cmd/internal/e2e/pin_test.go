@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -138,4 +139,65 @@ routes:
 		return err
 	})
 	three.Stop(5 * time.Second)
+}
+
+// TestPinOfTwoReplicas: each of two Roosts has one Envoy, and each of these
+// refuses: together they are several.
+func TestPinOfTwoReplicas(t *testing.T) {
+	c := newCatalog(t)
+	h := host{t, ""}
+	h.app("http", "one", "127.0.0.93:9001")
+	port := freePort(t)
+	services := func(match string) string {
+		return fmt.Sprintf(`services: [{name: shop, tenant: acme, ports: [{port: 18193, protocol: http}], instances: [{id: s, address: "127.0.0.93:9001", node: h1}]}]
+listeners: [{name: web, address: "127.0.0.1:%d", protocol: http, gateway: edge}]
+routes: [{name: shop, tenant: acme, listeners: [web], match: {%s}, to: [{service: shop}]}]
+`, port, match)
+	}
+	const good, bad = "path_prefix: /shop", `path_regex: "/shop/[a-zäöü0-9]{900}"`
+	replicas := map[string]*roost{"h1": c.replica("h1", services(good)).serve(), "h2": c.replica("h2", services(good)).serve()}
+	rewrite := func(from, to string) {
+		t.Helper()
+		for _, r := range replicas {
+			data, err := os.ReadFile(r.config)
+			if err != nil {
+				t.Fatal(err)
+			}
+			r.file("roost.yaml", strings.Replace(string(data), from, to, 1))
+		}
+	}
+	var first string
+	for node, r := range replicas {
+		r.envoy("--gateway", "edge/"+node)
+		until(t, node+" is served", func() (err error) {
+			_, acked, _, err := r.pinnedRoute(node)
+			if first = acked; err == nil && acked == "" {
+				err = errors.New("not ACKed")
+			}
+			return err
+		})
+	}
+	rewrite(services(good), services(bad))
+	for node, r := range replicas {
+		if p := r.problem("resource_pinned"); !strings.Contains(p.Message, "gateway~edge~h1, gateway~edge~h2") {
+			t.Errorf("problem %+v", p)
+		}
+		until(t, node+" has the pinned version", func() error {
+			intended, acked, instead, err := r.pinnedRoute(node)
+			if err == nil && (intended != first || acked != first || instead == "") {
+				err = fmt.Errorf("intended %s acked %s instead of %q; want %s", intended, acked, instead, first)
+			}
+			return err
+		})
+	}
+	rewrite(services(bad), services(good))
+	for node, r := range replicas {
+		until(t, node+" has no pin", func() error {
+			_, acked, instead, err := r.pinnedRoute(node)
+			if out := r.ok("address", "export"); err == nil && (acked != first || instead != "" || strings.Contains(out, `"pin"`)) {
+				err = fmt.Errorf("acked %s instead of %q, want %s; %s", acked, instead, first, out)
+			}
+			return err
+		})
+	}
 }
