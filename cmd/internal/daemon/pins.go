@@ -164,6 +164,9 @@ func (r *reconciler) judge() (staged bool) {
 		}
 		for _, v := range verdicts {
 			staged = r.pin(&v) || staged
+			if k := p.read[pins.Key(v.Name, v.Refused)]; k != nil && k.pin != nil && k.record.InForce() && !r.overlaid.Lawful(k.pin) {
+				v.Denied = "its earlier version leads to a service that does not allow it any more"
+			}
 			if v.Denied != "" && len(v.By) >= pins.Several {
 				denied = append(denied, v)
 			}
@@ -188,11 +191,12 @@ func (r *reconciler) pin(v *pins.Verdict) bool {
 			return false
 		}
 	}
+	verdict := *v // the transaction runs later
 	add := func(record *pins.Record) (news bool, err error) {
-		if v.Denied != "" {
-			return record.Join(v.By), nil
+		if verdict.Denied != "" {
+			return record.Join(verdict.By), nil
 		}
-		own, err := pins.RecordOf(*v)
+		own, err := pins.RecordOf(verdict)
 		return err == nil && record.Merge(own), err
 	}
 	if known != nil {
@@ -203,7 +207,7 @@ func (r *reconciler) pin(v *pins.Verdict) bool {
 		}
 	}
 	r.stage(func(tx *ledger.Tx) {
-		record, err := pins.RecordOf(*v)
+		record, err := pins.RecordOf(verdict)
 		if err != nil {
 			return
 		}

@@ -68,7 +68,7 @@ func decide(name envoy.Name, version string, stands []xds.Stand, built *envoy.Re
 	}
 	slices.Sort(v.By)
 	taken, unknown := false, false
-	var earlier []*envoy.Resource
+	var earlier []xds.Stand
 	for _, s := range stands {
 		switch {
 		case s.Held == nil || !slices.Contains(roles, s.Role): // proxies of another role have another resource of this name
@@ -77,10 +77,10 @@ func decide(name envoy.Name, version string, stands []xds.Stand, built *envoy.Re
 		case s.Held.Body == nil:
 			unknown = true
 		default:
-			earlier = append(earlier, s.Held)
+			earlier = append(earlier, s)
 		}
 	}
-	v.Good = mostHeld(earlier)
+	v.Good = lastGood(version, earlier)
 	switch {
 	case !Pinnable(name.Type):
 		v.Denied = fmt.Sprintf("a %s is not pinned", name.Type)
@@ -111,21 +111,32 @@ func unfit(good, built *envoy.Resource) string {
 	return ""
 }
 
-// mostHeld is the version that most proxies hold; of several the first by its
-// name, so that replicas agree.
-func mostHeld(list []*envoy.Resource) (most *envoy.Resource) {
-	count := map[string]int{}
-	for _, r := range list {
-		count[r.Version]++
-	}
-	for _, r := range list {
-		n, best := count[r.Version], 0
-		if most != nil {
-			best = count[most.Version]
+// lastGood is the version that most of those hold that refuse the newer one; of
+// several, or of none, the one that most others hold, and of these those that have
+// gone count least; of several still the first by its name, so that replicas agree.
+func lastGood(refused string, list []xds.Stand) (good *envoy.Resource) {
+	type votes struct{ refusing, connected, gone int }
+	count := map[string]votes{}
+	for _, s := range list {
+		n := count[s.Held.Version]
+		switch {
+		case s.Refused == refused:
+			n.refusing++
+		case s.Connected:
+			n.connected++
+		default:
+			n.gone++
 		}
-		if n > best || n == best && r.Version < most.Version {
-			most = r
+		count[s.Held.Version] = n
+	}
+	better := func(a, b *envoy.Resource) int {
+		x, y := count[a.Version], count[b.Version]
+		return cmp.Or(cmp.Compare(y.refusing, x.refusing), cmp.Compare(y.connected, x.connected), cmp.Compare(y.gone, x.gone), cmp.Compare(a.Version, b.Version))
+	}
+	for _, s := range list {
+		if good == nil || better(s.Held, good) < 0 {
+			good = s.Held
 		}
 	}
-	return most
+	return good
 }

@@ -46,7 +46,11 @@ func TestDecide(t *testing.T) {
 		return xds.Stand{ID: id, Role: lb.Gateway, Connected: true, Held: held, Refused: bad, Message: "no " + bad}
 	}
 	has := func(id string, held *envoy.Resource) xds.Stand {
-		return xds.Stand{ID: id, Role: lb.Gateway, Held: held}
+		return xds.Stand{ID: id, Role: lb.Gateway, Connected: true, Held: held}
+	}
+	gone := func(s xds.Stand) xds.Stand {
+		s.Connected = false
+		return s
 	}
 	node := func(s xds.Stand) xds.Stand {
 		s.Role = lb.Node
@@ -65,8 +69,10 @@ func TestDecide(t *testing.T) {
 		{what: "one refuses, others take it", stands: []xds.Stand{refuses("a", "2", version("1")), has("b", version("2"))}, want: []want{{"2", "a", "1", ""}}},
 		{what: "they hold different ones", stands: []xds.Stand{refuses("a", "3", version("2")), refuses("b", "3", version("1")), has("c", version("1"))}, want: []want{{"3", "a b", "1", ""}}},
 		{what: "as many hold each", stands: []xds.Stand{refuses("a", "3", version("2")), refuses("b", "3", version("1"))}, want: []want{{"3", "a b", "1", ""}}},
-		{what: "those that refuse are new", stands: []xds.Stand{refuses("a", "2", nil), refuses("b", "2", nil), has("gone", version("1"))}, want: []want{{"2", "a b", "1", ""}}},
+		{what: "those that refuse are new", stands: []xds.Stand{refuses("a", "2", nil), refuses("b", "2", nil), gone(has("c", version("1")))}, want: []want{{"2", "a b", "1", ""}}},
 		{what: "another role's version is another thing", stands: []xds.Stand{refuses("a", "2", nil), refuses("b", "2", nil), node(has("n", version("1")))}, want: []want{{"2", "a b", "", ""}}},
+		{what: "those that have gone count less", stands: []xds.Stand{refuses("a", "3", nil), refuses("b", "3", nil), gone(has("c", version("1"))), gone(has("d", version("1"))), has("e", version("2"))}, want: []want{{"3", "a b", "2", ""}}},
+		{what: "so do others than those that refuse", stands: []xds.Stand{refuses("a", "3", version("2")), refuses("b", "3", nil), has("c", version("1")), has("d", version("1"))}, want: []want{{"3", "a b", "2", ""}}},
 		{what: "nobody has ever had it", stands: []xds.Stand{refuses("a", "2", nil), refuses("b", "2", nil)}, want: []want{{"2", "a b", "", ""}}},
 		{what: "so it seems", unsaid: true, stands: []xds.Stand{refuses("a", "2", nil), refuses("b", "2", nil)}, want: []want{{"2", "a b", "", "roost has just started"}}},
 		{what: "new, and taken by another", stands: []xds.Stand{refuses("a", "2", nil), refuses("b", "2", nil), has("c", version("2"))}, want: []want{{"2", "a b", "", "other proxies have taken this one"}}},
