@@ -164,3 +164,32 @@ func TestPinWithoutAStore(t *testing.T) {
 	w.pass(2 * patienceMin)
 	w.expect("it is not any more", w.good, 1)
 }
+
+// TestPinOfAnotherReplica: what one proxy of another replica refuses does nothing
+// yet; with one of this one's they are several. A mark that is not understood does
+// nothing and stays.
+func TestPinOfAnotherReplica(t *testing.T) {
+	w := newPinWorld(t)
+	record, err := pins.RecordOf(pins.Verdict{Name: w.name, Refused: w.bad.Version, By: []string{"node~elsewhere"}, Message: "no such thing", Good: w.good})
+	w.must(err)
+	mark, err := record.Mark()
+	w.must(err)
+	newer := ledger.Mark{Kind: ledger.MarkPin, Name: "new x 1", Data: []byte(`{"type":"new"}`)}
+	w.r.stage(func(tx *ledger.Tx) {
+		tx.PutMark(mark)
+		tx.PutMark(newer)
+	})
+	w.build()
+	w.expect("another's proxy refuses", w.bad, 2)
+	w.refuse(w.bad.Version, w.good, "node~h1")
+	w.expect("so does one of here", w.good, 2)
+	if p := w.problem(); !strings.Contains(p.Message, "node~elsewhere, node~h1") {
+		t.Errorf("problem %+v", p)
+	}
+	w.stands = nil
+	w.become("3")
+	w.pass(2 * unbuiltFor)
+	if n := w.marks(); n != 1 {
+		t.Errorf("%d marks are left", n)
+	}
+}
