@@ -5,7 +5,7 @@ LINT_VERSION := 2.15.0
 LINT := $(CACHE)/golangci-lint-$(LINT_VERSION)
 GO ?= go
 RUNTESTS := $(GO) run ./cmd/internal/runtests -timeout 20m
-ROOST_REQUIRE ?= envoy,consul
+ROOST_REQUIRE ?= envoy,consul,grpcio
 export ROOST_REQUIRE
 
 .PHONY: help build demo test race fuzz lint bench bench-ledger bench-migrate bench-xds check clean
@@ -19,7 +19,7 @@ build: ## bin/roost
 demo: build ## the main job live on loopback, with a real Envoy (downloaded the first time)
 	./bin/roost demo
 
-test: ## all tests, with a real Envoy and a real Consul (fetched or built the first time)
+test: ## all tests, with a real Envoy, Consul and Python gRPC client (fetched or built the first time)
 	@$(RUNTESTS) ./...
 
 race: ## all tests under the race detector

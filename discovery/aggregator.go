@@ -97,6 +97,7 @@ func (a *Aggregator) Release(source string) { a.release <- source }
 // of a source that ended by itself is returned.
 func (a *Aggregator) Run(ctx context.Context) error {
 	m := newMerge(a.config)
+	m.damp = damper{}
 	m.load()
 	a.publish(m.catalog())
 	group, ctx := errgroup.WithContext(ctx)
@@ -124,9 +125,13 @@ func (a *Aggregator) loop(ctx context.Context, m *merge, group *errgroup.Group) 
 	defer ticker.Stop()
 	var saving chan []string // nil: nothing is being written
 	var began, rested time.Time
+	window := window{timer: time.NewTimer(0)}
+	defer window.timer.Stop()
 	for {
 		changed := false
 		select {
+		case <-window.timer.C:
+			changed, window.waiting = window.waiting, false
 		case <-ctx.Done():
 			if saving != nil {
 				m.again(<-saving)
@@ -141,7 +146,7 @@ func (a *Aggregator) loop(ctx context.Context, m *merge, group *errgroup.Group) 
 		case r := <-probes.results:
 			changed = m.probed(probes.more(r)...)
 		case now := <-ticker.C:
-			changed = m.tick()
+			changed = m.tick() || m.overdue(now)
 			probes.start(ctx, m)
 			if saving != nil || now.Before(rested) {
 				break
@@ -158,12 +163,37 @@ func (a *Aggregator) loop(ctx context.Context, m *merge, group *errgroup.Group) 
 			rested = time.Now().Add(max(saveEvery, saveRest*time.Since(began)))
 			saving = nil
 		}
-		if changed {
+		if now := time.Now(); changed && window.open(now) {
 			a.publish(m.catalog())
+			window.published(now)
 			probes.start(ctx, m)
 		}
 	}
 }
+
+// catalogEvery is the least time between two Catalogs: what comes meanwhile is in
+// one. The first change after a pause does not wait.
+const catalogEvery = 5 * time.Millisecond
+
+// window says when the next Catalog may be published.
+type window struct {
+	timer   *time.Timer // wakes the loop when it opens
+	last    time.Time
+	waiting bool // for it to open
+}
+
+func (w *window) open(now time.Time) bool {
+	if left := catalogEvery - now.Sub(w.last); left > 0 {
+		if !w.waiting {
+			w.waiting = true
+			w.timer.Reset(left)
+		}
+		return false
+	}
+	return true
+}
+
+func (w *window) published(now time.Time) { w.last, w.waiting = now, false }
 
 func (a *Aggregator) emit(u Update) {
 	a.queue.mu.Lock()

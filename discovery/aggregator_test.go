@@ -65,7 +65,7 @@ func run(t *testing.T, c Config, f func(b *bench)) {
 			}
 		}
 		b.Aggregator = NewAggregator(c)
-		b.say = func(u Update) { source.updates <- u; synctest.Wait() }
+		b.say = func(u Update) { source.updates <- u; pass(catalogEvery); synctest.Wait() }
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan error, 1)
 		go func() { done <- b.Run(ctx) }()

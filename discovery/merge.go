@@ -14,6 +14,9 @@ type merge struct {
 	groups  Table[Key, *Group]
 	dirty   map[Key]touched
 	where   map[Key]map[where]bool // the scopes that have instances of a service
+	damp    damper                 // nil: nothing is damped
+	late    map[Key]bool           // dirty for what flaps alone
+	told    map[Key]time.Time      // when a service that flaps was told
 	version uint64
 	now     func() time.Time
 }
@@ -69,7 +72,7 @@ type scopeState struct {
 }
 
 func newMerge(config Config) *merge {
-	m := &merge{config: config, metrics: newMetrics(config.Registerer), sources: map[string]*sourceState{}, dirty: map[Key]touched{}, where: map[Key]map[where]bool{}, now: time.Now}
+	m := &merge{config: config, metrics: newMetrics(config.Registerer), sources: map[string]*sourceState{}, dirty: map[Key]touched{}, where: map[Key]map[where]bool{}, late: map[Key]bool{}, told: map[Key]time.Time{}, now: time.Now}
 	for _, s := range config.Sources {
 		m.source(s.Name())
 	}
@@ -203,6 +206,7 @@ func (m *merge) touch(k Key, t touched) {
 		t = old
 	}
 	m.dirty[k] = t
+	delete(m.late, k)
 }
 
 func (m *merge) completed(s *sourceState, u Update) bool {
@@ -309,7 +313,7 @@ func (r *replacement) list(i *Instance) {
 	}
 	r.next.Instances = append(r.next.Instances, i)
 	r.changed = true
-	r.touch(i.Key, r.at)
+	r.note(i, r.at, b == nil)
 }
 
 // miss removes, or holds, what the update does not list.
@@ -325,7 +329,7 @@ func (r *replacement) miss(proves bool) {
 			continue
 		}
 		r.changed = true
-		r.touch(i.Key, r.at)
+		r.note(i, r.at, false)
 		if l := s.guard.byID[id]; l != nil {
 			l.listed = nil // its node is gone altogether
 		}

@@ -3,6 +3,7 @@ package discovery
 import (
 	"maps"
 	"slices"
+	"time"
 )
 
 // catalog builds the next Catalog; groups that nothing touched keep their
@@ -23,9 +24,17 @@ func (m *merge) catalog() *Catalog {
 }
 
 func (m *merge) regroup() {
-	groups := m.groups.Edit()
-	lists := m.listed()
+	groups, now := m.groups.Edit(), m.now()
+	lists := m.listed(now)
 	for key, at := range m.dirty {
+		if m.waits(key, now) {
+			continue
+		}
+		if m.late[key] {
+			m.told[key] = now
+			delete(m.late, key)
+		}
+		delete(m.dirty, key)
 		list := lists[key]
 		if len(list) == 0 {
 			groups.Delete(key)
@@ -39,14 +48,16 @@ func (m *merge) regroup() {
 		groups.Set(key, &Group{Key: key, Instances: list, Source: at.source, Index: at.index, Seen: at.seen})
 	}
 	m.groups = groups.Table()
-	clear(m.dirty)
 }
 
-// listed are the instances of the dirty services. Each scope that has some is gone
+// listed are the instances of the dirty services that do not wait. Each scope that has some is gone
 // through once: one may list the instances of many services.
-func (m *merge) listed() map[Key][]*Instance {
+func (m *merge) listed(now time.Time) map[Key][]*Instance {
 	scopes := map[where]bool{}
 	for key := range m.dirty {
+		if m.waits(key, now) {
+			continue
+		}
 		for ref := range m.where[key] {
 			scopes[ref] = true
 		}

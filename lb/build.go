@@ -49,6 +49,7 @@ func Build(prev *Snapshot, in Input) *Snapshot {
 	} else {
 		b.all(prev)
 	}
+	b.draining()
 	b.index()
 	b.callers()
 	b.routes()
@@ -148,6 +149,30 @@ func (b *build) moved(before, after *Service) {
 	} else if before.Spec != after.Spec {
 		b.specs = true
 	}
+}
+
+// draining lists the services that drain: those of prev that have not changed, and
+// of those that have.
+func (b *build) draining() {
+	if b.prev == nil {
+		for _, s := range b.Order {
+			if s.Draining {
+				b.Draining = append(b.Draining, s)
+			}
+		}
+		return
+	}
+	for _, s := range b.prev.Draining {
+		if b.Services.Get(s.Key) == s {
+			b.Draining = append(b.Draining, s)
+		}
+	}
+	for _, m := range b.moves {
+		if m.after != nil && m.after.Draining {
+			b.Draining = append(b.Draining, m.after)
+		}
+	}
+	slices.SortFunc(b.Draining, func(a, b *Service) int { return a.Key.Compare(b.Key) })
 }
 
 // sameNames tells whether services built under c look the same under o.

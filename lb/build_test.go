@@ -163,6 +163,9 @@ func shape(s *Snapshot) map[string]any {
 	if !slices.IsSortedFunc(s.Problems, compareProblems) || len(s.Order) != s.Services.Len() {
 		out["order"] = fmt.Sprint(s.Problems, len(s.Order), s.Services.Len())
 	}
+	for _, svc := range s.Draining {
+		out["draining "+svc.Key.String()] = svc.Draining && s.Services.Get(svc.Key) == svc
+	}
 	for _, p := range s.Problems {
 		out["problem "+p.Code+" "+p.Object+" "+p.Place] = p.Message
 	}

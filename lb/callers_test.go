@@ -183,7 +183,7 @@ func TestProblemsNameTheWayOut(t *testing.T) {
 func TestIdentityRoundTrip(t *testing.T) {
 	rapid.Check(t, func(rt *rapid.T) {
 		part := func(label string) string { return rapid.StringN(1, 8, -1).Draw(rt, label) }
-		want := Identity{Role: Sidecar, Tenant: part("tenant"), Service: part("service"), Instance: part("instance")}
+		want := Identity{Role: rapid.SampledFrom([]Role{Sidecar, Proxyless}).Draw(rt, "role"), Tenant: part("tenant"), Service: part("service"), Instance: part("instance")}
 		if rapid.Bool().Draw(rt, "on a node") {
 			want.Node = part("node")
 		}
@@ -199,7 +199,7 @@ func TestIdentityRoundTrip(t *testing.T) {
 			t.Errorf("%s is read as %+v, %v; want %+v", id, got, err, id)
 		}
 	}
-	for _, bad := range []string{"", "node", "node~", "sidecar~a~b", "gateway~edge", "x~y~z", "node~%zz", "sidecar~a~b~@h1", "sidecar~a~b~x@", "sidecar~a~b~x@y@z"} {
+	for _, bad := range []string{"", "node", "node~", "sidecar~a~b", "gateway~edge", "x~y~z", "node~%zz", "grpc~a~b", "grpc~a~b~@h1", "sidecar~a~b~@h1", "sidecar~a~b~x@", "sidecar~a~b~x@y@z"} {
 		if _, err := ParseIdentity(bad); err == nil {
 			t.Errorf("%q is taken", bad)
 		}

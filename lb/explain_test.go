@@ -170,6 +170,7 @@ func TestSight(t *testing.T) {
 	for id, want := range map[string]string{
 		"sidecar~acme~cart~c":  "acme/cart acme/db acme/far acme/full acme/shop acme/sick",
 		"sidecar~globex~web~w": "acme/shop", "sidecar~globex~mail~m": "", "sidecar~other~x~x": "",
+		"grpc~globex~web~w": "acme/shop", "grpc~other~x~x": "", "grpc~acme~cart~c": "acme/cart acme/db acme/far acme/full acme/shop acme/sick",
 		"node~h1":         "acme/cart acme/db acme/far acme/full acme/shop acme/sick",
 		"node~h3":         "",                                                                       // only globex' clients may be there, and nothing is granted to the whole tenant
 		"gateway~edge~h1": "acme/cart acme/db acme/shop acme/sick", "gateway~other~h1": "acme/shop", // for its dedicated IP

@@ -5,21 +5,21 @@ import "slices"
 // Sight is which services a proxy may hold, by who it is.
 type Sight struct {
 	role     Role
-	tenant   string          // of a sidecar
-	service  Key             // that a sidecar stands beside
+	tenant   string          // of a sidecar or a gRPC client
+	service  Key             // that it stands beside
 	tenants  map[string]bool // whose callers a node proxy serves
 	services map[Key]bool    // whose instances are on its host
 	all      bool
 	gateway  map[Key]bool // what a gateway's routes go to
 }
 
-// SightOf says what a proxy may hold in s: a sidecar what its service may call,
+// SightOf says what a proxy may hold in s: a sidecar or a gRPC client what its service may call,
 // a node proxy what any caller on its host may call, a gateway what its public
 // routes and the dedicated IPs go to.
 func (s *Snapshot) SightOf(id Identity) Sight {
 	v := Sight{role: id.Role}
 	switch id.Role {
-	case Sidecar:
+	case Sidecar, Proxyless:
 		v.tenant, v.service = id.Tenant, Key{Tenant: id.Tenant, Service: id.Service}
 	case Node:
 		tenants, all := s.Callers.Tenants(id.Node)
@@ -62,15 +62,17 @@ func (v Sight) Sees(s *Service) bool {
 		if g.Service == "" && v.serves(g.Tenant) {
 			return true
 		}
-		if k := (Key{Tenant: g.Tenant, Service: g.Service}); v.role == Sidecar && v.service == k || v.services[k] {
+		if k := (Key{Tenant: g.Tenant, Service: g.Service}); v.beside() && v.service == k || v.services[k] {
 			return true
 		}
 	}
 	return false
 }
 
+func (v Sight) beside() bool { return v.role == Sidecar || v.role == Proxyless }
+
 func (v Sight) serves(tenant string) bool {
-	if v.role == Sidecar {
+	if v.beside() {
 		return v.tenant == tenant
 	}
 	return v.tenants[tenant]

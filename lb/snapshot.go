@@ -20,8 +20,9 @@ type Snapshot struct {
 	Order     []*Service // by key
 	ByAddress map[netip.Addr]*Service
 	*Routing
-	Callers  *Callers  // who a source address is on each node
-	Problems []Problem // ordered by severity, code, object
+	Callers  *Callers   // who a source address is on each node
+	Problems []Problem  // ordered by severity, code, object
+	Draining []*Service // those of Order of which an endpoint is on its way out, or through
 
 	found      []Problem // all Problems but those that others have added
 	undeclared []Problem // of instances without a service

@@ -7,9 +7,12 @@ import (
 	"google.golang.org/grpc/encoding/proto"
 	"google.golang.org/grpc/mem"
 	"google.golang.org/protobuf/encoding/protowire"
+
+	"github.com/roostmesh/roost/xds/envoy"
 )
 
-// Field numbers of envoy.service.discovery.v3.DeltaDiscoveryResponse, and of
+// Field numbers of envoy.service.discovery.v3.DeltaDiscoveryResponse, of
+// DiscoveryResponse where they differ, of Resource, and of
 // envoy.config.core.v3.ControlPlane.
 const (
 	fieldSystemVersion = 1
@@ -19,48 +22,114 @@ const (
 	fieldRemoved       = 6
 	fieldControlPlane  = 7
 	fieldIdentifier    = 1
+
+	fieldVersionInfo       = 1
+	fieldWholeControlPlane = 6
+
+	fieldContent = 2
 )
+
+// headRoom is what a response needs beside its resources, unless it removes some.
+const headRoom = 192
+
+// resourceRoom is what the tag and the length of a resource need at most.
+const resourceRoom = 6
 
 // codec encodes responses around the bodies of their resources, which all
 // streams share, and leaves every other message to gRPC's own codec.
 type codec struct {
 	encoding.CodecV2
-	controlPlane string
+	controlPlane []byte // who makes the responses, marshalled
 }
 
 func newCodec(controlPlane string) codec {
-	return codec{encoding.GetCodecV2(proto.Name), controlPlane}
+	c := codec{CodecV2: encoding.GetCodecV2(proto.Name)}
+	if controlPlane != "" {
+		c.controlPlane = appendField(nil, fieldIdentifier, controlPlane)
+	}
+	return c
+}
+
+func appendField(b []byte, n protowire.Number, s string) []byte {
+	return protowire.AppendString(protowire.AppendTag(b, n, protowire.BytesType), s)
 }
 
 // Marshal implements encoding.CodecV2.
 func (c codec) Marshal(v any) (mem.BufferSlice, error) {
-	r, ok := v.(*response)
-	if !ok {
-		return c.CodecV2.Marshal(v)
+	switch r := v.(type) {
+	case *response:
+		return c.delta(r), nil
+	case *wholeResponse:
+		return c.whole(r), nil
 	}
-	field := func(b []byte, n protowire.Number, s string) []byte {
-		return protowire.AppendString(protowire.AppendTag(b, n, protowire.BytesType), s)
-	}
-	out := make(mem.BufferSlice, 0, 2*len(r.resources)+1)
-	b := field(nil, fieldSystemVersion, strconv.FormatUint(r.world, 10))
-	b = field(b, fieldTypeURL, r.URL())
-	b = field(b, fieldNonce, r.nonce)
+	return c.CodecV2.Marshal(v)
+}
+
+func (c codec) delta(r *response) mem.BufferSlice {
+	var number [20]byte
+	head := make([]byte, 0, headRoom+len(c.controlPlane)+resourceRoom*len(r.resources))
+	head = protowire.AppendBytes(protowire.AppendTag(head, fieldSystemVersion, protowire.BytesType), strconv.AppendUint(number[:0], r.world, 10))
+	head = appendField(head, fieldTypeURL, r.URL())
+	head = appendField(head, fieldNonce, r.nonce)
 	for _, name := range r.removed {
-		b = field(b, fieldRemoved, name)
+		head = appendField(head, fieldRemoved, name)
 	}
-	if c.controlPlane != "" {
-		b = field(b, fieldControlPlane, string(field(nil, fieldIdentifier, c.controlPlane)))
+	return bodies(c.made(head, fieldControlPlane), r.resources, func(r *envoy.Resource) []byte { return r.Body })
+}
+
+func (c codec) whole(r *wholeResponse) mem.BufferSlice {
+	head := make([]byte, 0, headRoom+len(c.controlPlane)+resourceRoom*len(r.all))
+	head = appendField(head, fieldVersionInfo, r.version())
+	head = appendField(head, fieldTypeURL, r.URL())
+	head = appendField(head, fieldNonce, r.nonce)
+	return bodies(c.made(head, fieldWholeControlPlane), r.all, content)
+}
+
+// made adds who has made a response.
+func (c codec) made(b []byte, n protowire.Number) []byte {
+	if len(c.controlPlane) == 0 {
+		return b
 	}
-	for _, res := range r.resources {
-		b = protowire.AppendTag(b, fieldResources, protowire.BytesType)
-		b = protowire.AppendVarint(b, uint64(len(res.Body)))
-		out = append(out, mem.SliceBuffer(b), mem.SliceBuffer(res.Body))
-		b = nil
+	return protowire.AppendBytes(protowire.AppendTag(b, n, protowire.BytesType), c.controlPlane)
+}
+
+// bodies adds a part of each resource to what a response begins with.
+func bodies(head []byte, resources []*envoy.Resource, part func(*envoy.Resource) []byte) mem.BufferSlice {
+	out := make(mem.BufferSlice, 0, 2*len(resources)+1)
+	for _, res := range resources {
+		body := part(res)
+		head = protowire.AppendTag(head, fieldResources, protowire.BytesType)
+		head = protowire.AppendVarint(head, uint64(len(body)))
+		out = append(out, mem.SliceBuffer(head), mem.SliceBuffer(body))
+		head = head[len(head):]
 	}
-	if len(b) > 0 {
-		out = append(out, mem.SliceBuffer(b))
+	if len(head) > 0 {
+		out = append(out, mem.SliceBuffer(head))
 	}
-	return out, nil
+	return out
+}
+
+// content is the Any inside of a resource's body, whose bytes it shares.
+func content(r *envoy.Resource) []byte {
+	for b := r.Body; len(b) > 0; {
+		n, typ, size := protowire.ConsumeTag(b)
+		if size < 0 {
+			return nil
+		}
+		if n == fieldContent && typ == protowire.BytesType {
+			value, size := protowire.ConsumeBytes(b[size:])
+			if size < 0 {
+				return nil
+			}
+			return value
+		}
+		skip := protowire.ConsumeFieldValue(n, typ, b[size:])
+		if skip < 0 {
+			return nil
+		}
+		b = b[size+skip:]
+	}
+	return nil
 }
 
 // Unmarshal implements encoding.CodecV2.

@@ -32,7 +32,7 @@ const bootstrap = `{
   "node": {"id": %q, "cluster": "shop.acme", "metadata": {"roost_admin": "here", "n": 1}},
   "admin": {"address": {"socket_address": {"address": "127.0.0.1", "port_value": 0}}},
   "dynamic_resources": {
-    "ads_config": {"api_type": "DELTA_GRPC", "transport_api_version": "V3", "set_node_on_first_message_only": true,
+    "ads_config": {"api_type": %q, "transport_api_version": "V3", "set_node_on_first_message_only": true,
       "grpc_services": [{"envoy_grpc": {"cluster_name": "xds", "retry_policy": {"retry_back_off": {"base_interval": "0.1s", "max_interval": "0.5s"}}}}]},
     "cds_config": {"ads": {}, "resource_api_version": "V3"},
     "lds_config": {"ads": {}, "resource_api_version": "V3"}
@@ -184,14 +184,24 @@ func (w realWorld) shop(port, backend int) {
 // TestEnvoy has the real Envoy judge the order of things: it becomes ready,
 // follows endpoints, clusters and routes at once, and refuses a listener whose
 // port is taken, until it is free.
-func TestEnvoy(t *testing.T) {
+func TestEnvoy(t *testing.T) { eachForm(t, judgedByEnvoy) }
+
+// eachForm runs a test with an Envoy that speaks delta, and with one that speaks
+// the state of the world.
+func eachForm(t *testing.T, test func(t *testing.T, api string)) {
+	for _, api := range []string{"DELTA_GRPC", "GRPC"} {
+		t.Run(api, func(t *testing.T) { test(t, api) })
+	}
+}
+
+func judgedByEnvoy(t *testing.T, api string) {
 	h := start(t, Config{RetryEvery: 50 * time.Millisecond})
 	w := realWorld{h}
 	one, two := backend(t, "one"), backend(t, "two")
 	good, release := heldPort(t)
 	release()
 	w.shop(good, one)
-	e := binaries.StartEnvoy(t, fmt.Appendf(nil, bootstrap, testID, port(t, h.address)))
+	e := binaries.StartEnvoy(t, fmt.Appendf(nil, bootstrap, testID, api, port(t, h.address)))
 	t.Cleanup(e.Stop)
 	says(h.ctx, t, "http://"+e.Admin+"/ready", "LIVE")
 	at := fmt.Sprintf("http://127.0.0.1:%d/", good)
@@ -241,14 +251,16 @@ func (w realWorld) takenPort(at string, two int) {
 
 // TestEnvoyResumes gives a running Envoy to a Server that knows nothing of it
 // and has a World in which everything but the listener differs.
-func TestEnvoyResumes(t *testing.T) {
+func TestEnvoyResumes(t *testing.T) { eachForm(t, resumedByEnvoy) }
+
+func resumedByEnvoy(t *testing.T, api string) {
 	h := start(t, Config{})
 	w := realWorld{h}
 	one, two := backend(t, "one"), backend(t, "two")
 	good, release := heldPort(t)
 	release()
 	w.shop(good, one)
-	e := binaries.StartEnvoy(t, fmt.Appendf(nil, bootstrap, testID, port(t, h.address)))
+	e := binaries.StartEnvoy(t, fmt.Appendf(nil, bootstrap, testID, api, port(t, h.address)))
 	t.Cleanup(e.Stop)
 	at := fmt.Sprintf("http://127.0.0.1:%d/", good)
 	says(h.ctx, t, at, "one")

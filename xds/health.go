@@ -28,10 +28,12 @@ func (h healthService) Check(ctx context.Context, q *healthpb.HealthCheckRequest
 	if !envoy.IsDrainName(name) {
 		select {
 		case <-h.ready:
-			return &healthpb.HealthCheckResponse{Status: healthpb.HealthCheckResponse_SERVING}, nil
+			if !h.admission.closed.Load() {
+				return &healthpb.HealthCheckResponse{Status: healthpb.HealthCheckResponse_SERVING}, nil
+			}
 		default:
-			return &healthpb.HealthCheckResponse{Status: healthpb.HealthCheckResponse_NOT_SERVING}, nil
 		}
+		return &healthpb.HealthCheckResponse{Status: healthpb.HealthCheckResponse_NOT_SERVING}, nil
 	}
 	select {
 	case <-h.ready:

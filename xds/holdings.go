@@ -254,16 +254,3 @@ func common(a, b string) int {
 	}
 	return n
 }
-
-// sortedNames are the keys of a map, in order.
-func sortedNames[V any](m map[string]V) []string {
-	if len(m) == 0 {
-		return nil
-	}
-	names := make([]string, 0, len(m))
-	for name := range m {
-		names = append(names, name)
-	}
-	sortByName(names, func(name string) string { return name })
-	return names
-}

@@ -66,7 +66,11 @@ func problemOf(p ProxyStatus, r Rejected) lb.Problem {
 	if m := boundAddress.FindStringSubmatch(r.Message); m != nil {
 		address = m[1]
 	}
-	problem.Message = fmt.Sprintf("Envoy refuses %s: %s; %s", thing, strings.TrimSpace(r.Message), consequence(r, address))
+	who := "Envoy"
+	if p.Identity.Role == lb.Proxyless {
+		who = "the gRPC library"
+	}
+	problem.Message = fmt.Sprintf("%s refuses %s: %s; %s", who, thing, strings.TrimSpace(r.Message), consequence(r, p.Identity.Role, address))
 	if r.Type != envoy.Listener {
 		return problem
 	}
@@ -83,10 +87,12 @@ func problemOf(p ProxyStatus, r Rejected) lb.Problem {
 }
 
 // consequence says what a refusal means for callers.
-func consequence(r Rejected, address string) string {
+func consequence(r Rejected, role lb.Role, address string) string {
 	switch {
 	case r.Held != "":
 		return "the proxy goes on with its old version"
+	case role == lb.Proxyless:
+		return fmt.Sprintf("its calls to what needs this %s fail", r.Type)
 	case r.Type == envoy.Listener:
 		return fmt.Sprintf("callers of %s on that host do not reach it", address)
 	default:

@@ -23,6 +23,9 @@ func (s *state) next() *response {
 		}
 	}
 	unsent := false
+	for t := range envoy.Types {
+		unsent = unsent || s.types[t].answers.len() > 0
+	}
 	for _, t := range pushOrder {
 		r, more := s.push(t)
 		if r != nil {
@@ -46,9 +49,12 @@ func (s *state) next() *response {
 // answer makes the answer to new subscriptions, which waits for nothing.
 func (s *state) answer(t envoy.Type) *response {
 	ts := &s.types[t]
-	b := batch{since: s.version}
+	if ts.answers.len() == 0 || len(ts.out) >= maxUnacked {
+		return nil
+	}
+	b := s.batch()
 	b.expect(ts.answers.len())
-	for _, name := range sortedNames(ts.answers.m) {
+	for name := range ts.answers.m {
 		r, current := s.sendable(t, name)
 		if r != nil && !b.add(r) {
 			break
@@ -68,6 +74,7 @@ func (s *state) answer(t envoy.Type) *response {
 	if len(b.resources)+len(b.removed) == 0 {
 		return nil
 	}
+	slices.Sort(b.removed)
 	return s.send(t, &b)
 }
 
@@ -114,11 +121,11 @@ func (s *state) push(t envoy.Type) (r *response, more bool) {
 			return r, true
 		}
 	}
+	if len(ts.out) > 0 {
+		return nil, ts.suspects.len() > 0 || ts.owed > 0 || s.owesAny(t)
+	}
 	ready, blocked := s.due(t)
 	blocked = blocked || ts.suspects.len() > 0
-	if len(ts.out) > 0 {
-		return nil, len(ready) > 0 || blocked || ts.owed > 0
-	}
 	if ts.owed > 0 && blocked {
 		// A proxy that starts takes the first answer for all there is.
 		return nil, true
@@ -126,8 +133,8 @@ func (s *state) push(t envoy.Type) (r *response, more bool) {
 	if len(ready) == 0 && ts.owed == 0 {
 		return nil, blocked
 	}
-	b := batch{since: s.version}
-	b.expect(len(ready))
+	b := s.batch()
+	b.resources = ready[:0] // it is read before it is written
 	b.owe(ts.owed)
 	ts.owed = 0
 	for _, r := range ready {
@@ -141,12 +148,27 @@ func (s *state) push(t envoy.Type) (r *response, more bool) {
 	return s.send(t, &b), true
 }
 
-// due lists the dirty resources of a type that may be sent now, ordered, and
-// says whether more wait for what they refer to. It forgets those that need
-// nothing; what has to be removed stays dirty.
+// owesAny says that one of the dirty resources of a type is to be sent, now or
+// later.
+func (s *state) owesAny(t envoy.Type) bool {
+	for name := range s.types[t].dirty.m {
+		if r, done := s.owes(t, name); r != nil && !done {
+			return true
+		}
+	}
+	return false
+}
+
+// due lists dirty resources of a type that may be sent now, as many as fit into a
+// response, and says whether more wait for what they refer to. It forgets those
+// that need nothing; what has to be removed stays dirty.
 func (s *state) due(t envoy.Type) (ready []*envoy.Resource, blocked bool) {
 	ts := &s.types[t]
+	size := 0
 	for name := range ts.dirty.m {
+		if size > maxResponse && !s.unsplit {
+			break
+		}
 		r, done := s.owes(t, name)
 		switch {
 		case done:
@@ -157,9 +179,9 @@ func (s *state) due(t envoy.Type) (ready []*envoy.Resource, blocked bool) {
 			blocked = true
 		default:
 			ready = append(ready, r)
+			size += len(r.Body)
 		}
 	}
-	sortByName(ready, func(r *envoy.Resource) string { return r.Name.Name })
 	return ready, blocked
 }
 
@@ -194,6 +216,9 @@ func (s *state) owes(t envoy.Type, name string) (r *envoy.Resource, done bool) {
 // isolate makes a response of one suspect alone.
 func (s *state) isolate(t envoy.Type) *response {
 	ts := &s.types[t]
+	if ts.suspects.len() == 0 {
+		return nil
+	}
 	for _, name := range slices.Sorted(maps.Keys(ts.suspects.m)) {
 		sus := ts.suspects.get(name)
 		r := s.view.Get(envoy.Name{Type: t, Name: name})
@@ -209,7 +234,7 @@ func (s *state) isolate(t envoy.Type) *response {
 			s.unpruned = true
 			continue
 		}
-		b := batch{since: s.version}
+		b := s.batch()
 		b.add(r)
 		b.owe(sus.since)
 		b.owe(ts.dirty.get(name))
@@ -274,7 +299,7 @@ func (s *state) unsettled(n envoy.Name, from envoy.Type) bool {
 // prune makes a response of removals: resources that are gone from the view and
 // that nothing the client holds, or is getting, refers to.
 func (s *state) prune() *response {
-	gone := map[envoy.Name]struct{}{}
+	var gone map[envoy.Name]struct{}
 	for t := range envoy.Types {
 		ts := &s.types[t]
 		if len(ts.out) > 0 {
@@ -282,6 +307,9 @@ func (s *state) prune() *response {
 		}
 		for name := range ts.dirty.m {
 			if r, done := s.owes(t, name); r == nil && !done && ts.held.get(name) != nil {
+				if gone == nil {
+					gone = map[envoy.Name]struct{}{}
+				}
 				gone[envoy.Name{Type: t, Name: name}] = struct{}{}
 			}
 		}
@@ -292,7 +320,7 @@ func (s *state) prune() *response {
 	s.spare(gone)
 	for t := envoy.Types; t > 0; {
 		t--
-		b := batch{since: s.version}
+		b := s.batch()
 		for n := range gone {
 			if n.Type == t {
 				b.removed = append(b.removed, n.Name)
@@ -370,11 +398,14 @@ type batch struct {
 	removed   []string
 	size      int
 	since     uint64
+	unsplit   bool // of any size
 }
+
+func (s *state) batch() batch { return batch{since: s.version, unsplit: s.unsplit} }
 
 // add takes a resource in unless the response would become too large.
 func (b *batch) add(r *envoy.Resource) bool {
-	if b.size+len(r.Body) > maxResponse && len(b.resources) > 0 {
+	if b.size+len(r.Body) > maxResponse && len(b.resources) > 0 && !b.unsplit {
 		return false
 	}
 	b.size += len(r.Body)
@@ -395,6 +426,7 @@ func (b *batch) owe(since uint64) {
 // to follow, changed or not: Envoy starts a changed parent without them.
 func (s *state) send(t envoy.Type, b *batch) *response {
 	ts := &s.types[t]
+	sortByName(b.resources, func(r *envoy.Resource) string { return r.Name.Name })
 	r := &response{Type: t, nonce: s.nonce(), world: s.version, resources: b.resources, removed: b.removed, since: b.since, size: b.size}
 	for _, name := range b.removed {
 		r.size += len(name)

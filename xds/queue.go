@@ -60,6 +60,9 @@ func (q *queue) depth() int {
 	return len(q.waiting)
 }
 
+// Queued is how many streams wait to be brought to a newer World.
+func (s *Server) Queued() int { return s.queue.depth() }
+
 // push runs a pusher for each core until ctx ends.
 func (s *Server) push(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)

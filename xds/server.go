@@ -1,5 +1,6 @@
 // Package xds has one job: bring every Envoy to what its view of the newest
-// World says, over delta ADS.
+// World says, over delta ADS; and gRPC clients, which speak the state of the
+// world.
 //
 // In go Worlds with what changed in them ([Server.Publish]) and the streams of
 // proxies; out come responses, and what each proxy holds, refuses and owes.
@@ -18,7 +19,8 @@
 // Streams wait until the first Publish. The order of resources, and what waits
 // for what, is in state, which is pure: state.go (what is known of a client),
 // subscribe.go (what it asks for, and resumes), push.go (what to send now),
-// settle.go (ACK, NACK, retry, progress).
+// settle.go (ACK, NACK, retry, progress). It speaks delta; sotw.go translates for
+// clients of the other form.
 //
 // For wildcard types (clusters, listeners) the package takes View.All to list
 // exactly what View.Get finds.
@@ -44,6 +46,8 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"github.com/roostmesh/roost/lb"
 	"github.com/roostmesh/roost/xds/envoy"
@@ -86,6 +90,7 @@ type Config struct {
 	Registry   prometheus.Registerer // takes roost_xds_*; nil: none
 	Now        func() time.Time      // nil: time.Now
 	RetryEvery time.Duration         // 0: 15 s
+	Admission  Admission             // bounds on streams; 0 is its default
 
 	// OnAck tells that a proxy has taken endpoints of clusters, as the World of a
 	// version has them. It runs on the stream's goroutine and must not wait.
@@ -121,17 +126,18 @@ type Progress struct {
 // Listener is a socket that serves proxies.
 type Listener struct {
 	net.Listener
-	// Tenant, where set, is the only one whose sidecars are served here.
+	// Tenant, where set, is the only one whose sidecars and gRPC clients are served here.
 	Tenant string
 }
 
-// Server serves delta ADS.
+// Server serves ADS in both forms.
 type Server struct {
 	// Fixed at construction.
-	cfg     Config
-	metrics *metrics
-	ready   chan struct{} // closed by the first Publish
-	wake    chan struct{} // one slot: hooks or progress for Run
+	cfg       Config
+	metrics   *metrics
+	admission *admission
+	ready     chan struct{} // closed by the first Publish
+	wake      chan struct{} // one slot: hooks or progress for Run
 
 	tracker  tracker  // has its own lock, taken after mu
 	audience audience // has its own lock, taken after mu
@@ -164,8 +170,9 @@ func New(cfg Config) *Server {
 	if cfg.RetryEvery == 0 {
 		cfg.RetryEvery = retryEvery
 	}
+	queue := newQueue()
 	return &Server{
-		cfg: cfg, metrics: newMetrics(cfg.Registry), ready: make(chan struct{}), wake: make(chan struct{}, 1), loads: newLoads(), queue: newQueue(), sets: newSets(),
+		cfg: cfg, metrics: newMetrics(cfg.Registry, queue.depth), admission: newAdmission(cfg.Admission), ready: make(chan struct{}), wake: make(chan struct{}, 1), loads: newLoads(), queue: queue, sets: newSets(),
 		live: map[string]*stream{}, gone: map[string]*stream{}, duplicates: map[string]duplicate{}, remember: rememberFor,
 	}
 }
@@ -265,6 +272,7 @@ func (s *Server) background(ctx context.Context) {
 		case <-s.wake:
 		case <-tick.C:
 			s.retry()
+			s.evict()
 			s.forget()
 		}
 	}
@@ -276,6 +284,21 @@ func (s *Server) retry() {
 			p.retry()
 			s.flush(st)
 		})
+	}
+}
+
+// evict ends the streams of proxies that take too long to answer: what they owe
+// would be waited for by drains and receipts, and a proxy that lives comes back.
+func (s *Server) evict() {
+	now := s.cfg.Now()
+	for _, st := range s.streams() {
+		late := false
+		st.ask(func(p *state) { late = p.lateSince(now.Add(-s.cfg.Admission.answerWithin())) })
+		if late {
+			s.metrics.evicted.Inc()
+			s.cfg.Log.Warn("xds: proxy does not answer and is cut off; it may come back", "proxy", st.id)
+			st.cut(status.Errorf(codes.DeadlineExceeded, "node id %q: no answer to a response for %s", st.id, s.cfg.Admission.answerWithin()))
+		}
 	}
 }
 

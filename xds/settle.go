@@ -30,9 +30,7 @@ func (s *state) settle(t envoy.Type, q *request, now time.Time) []rejection {
 	for i, o := range ts.out {
 		if o.nonce == q.nonce {
 			r = o
-			if ts.out = slices.Delete(ts.out, i, i+1); len(ts.out) == 0 {
-				ts.out = nil
-			}
+			ts.out = slices.Delete(ts.out, i, i+1)
 			break
 		}
 	}
@@ -63,9 +61,9 @@ func (s *state) settle(t envoy.Type, q *request, now time.Time) []rejection {
 // one that they were sent from.
 func (s *state) accept(t envoy.Type, list []*envoy.Resource, same bool) {
 	ts := &s.types[t]
-	wanted := list
-	if !ts.wildcard {
-		wanted = slices.DeleteFunc(slices.Clone(list), func(r *envoy.Resource) bool { return !s.wants(t, r.Name.Name) })
+	wanted, let := list, func(r *envoy.Resource) bool { return !s.wants(t, r.Name.Name) }
+	if slices.ContainsFunc(list, let) { // its name was let go meanwhile
+		wanted = slices.DeleteFunc(slices.Clone(list), let)
 	}
 	s.hold(t, wanted...)
 	if !same || ts.refused.len() > 0 {
@@ -146,9 +144,17 @@ func (s *state) refuse(r *envoy.Resource, text string, now time.Time, rejected [
 }
 
 // blame finds the resources of a refused response that its text names, with
-// what it says of each. applied says that Envoy has taken all others.
+// what it says of each. applied says that the client has taken all others.
 func blame(r *response, text string) (guilty map[string]string, applied bool) {
 	guilty = map[string]string{}
+	if said := saidByGRPC(text); len(said) > 0 {
+		for _, res := range r.resources {
+			if about, ok := said[res.Name.Name]; ok {
+				guilty[res.Name.Name] = about
+			}
+		}
+		return guilty, true
+	}
 	_, list, listed := strings.Cut(text, "Error adding/updating listener(s) ")
 	if !listed {
 		_, list, listed = strings.Cut(text, "Error adding/updating cluster(s) ")
@@ -268,10 +274,11 @@ func (s *state) progress() position {
 	for t := range envoy.Types {
 		ts := &s.types[t]
 		before(&pushed, ts.owed)
-		for _, m := range []map[string]uint64{ts.dirty.m, ts.answers.m} {
-			for _, since := range m {
-				before(&pushed, since)
-			}
+		for _, since := range ts.dirty.m {
+			before(&pushed, since)
+		}
+		for _, since := range ts.answers.m {
+			before(&pushed, since)
 		}
 		for _, sus := range ts.suspects.m {
 			before(&pushed, sus.since)

@@ -12,7 +12,11 @@ import (
 
 // maxResponse bounds the bodies of one response, in bytes; one resource alone
 // may be larger. Go's gRPC clients refuse messages over 4 MB.
-const maxResponse = 2 << 20
+const maxResponse = 1 << 20
+
+// maxUnacked bounds the responses of a type that a client has not answered; what
+// it asks for beyond that waits, and is one response then.
+const maxUnacked = 32
 
 // wildcardName subscribes to everything of a wildcard type.
 const wildcardName = "*"
@@ -30,6 +34,9 @@ type state struct {
 	unpruned bool
 	taken    taken // by the last request
 	sets     *sets // shared with other streams
+	// unsplit has responses be as large as they get: a client of the state of the
+	// world removes what is not in them.
+	unsplit bool
 }
 
 // taken are the clusters whose endpoints a request ACKed, as the World of a
@@ -47,7 +54,7 @@ type typeState struct {
 	wildcard bool   // subscribed to all of a wildcard type
 	owed     uint64 // since: the answer to the wildcard subscription, even an empty one
 	// named are subscribed by name. Of a type without a wildcard what is held was,
-	// too, and is not listed here: see subscribed.
+	// too, and is not listed here: see state.named.
 	named bag[struct{}]
 
 	// held is what the client has: the last version that it ACKed. One whose
@@ -89,7 +96,8 @@ type response struct {
 	resources []*envoy.Resource // by name
 	removed   []string          // in order
 	since     uint64
-	size      int // of its bodies and names, in bytes
+	size      int       // of its bodies and names, in bytes
+	at        time.Time // when it was sent
 }
 
 // rejection tells that the client refused a version for the first time.
@@ -157,7 +165,13 @@ func (s *state) mark(t envoy.Type, name string, since uint64) {
 	if !wanted && !ts.refused.has(name) {
 		return
 	}
-	r := s.view.Get(envoy.Name{Type: t, Name: name})
+	s.compare(t, name, s.view.Get(envoy.Name{Type: t, Name: name}), wanted, since)
+}
+
+// compare marks a resource, which the view has as r, where it differs from what
+// the client has.
+func (s *state) compare(t envoy.Type, name string, r *envoy.Resource, wanted bool, since uint64) {
+	ts := &s.types[t]
 	if f := ts.refused.get(name); f != nil && (r == nil || r.Version != f.version) {
 		ts.refused.del(name)
 		ts.calm()
@@ -256,6 +270,16 @@ func (ts *typeState) calm() {
 	if ts.refused.len() == 0 {
 		ts.lastError = ""
 	}
+}
+
+// lateSince says that a response of before some time has not been answered.
+func (s *state) lateSince(t time.Time) bool {
+	for i := range s.types {
+		if slices.ContainsFunc(s.types[i].out, func(r *response) bool { return r.at.Before(t) }) {
+			return true
+		}
+	}
+	return false
 }
 
 // unacked counts the bytes that were sent and neither ACKed nor NACKed.

@@ -255,15 +255,33 @@ func TestSplit(t *testing.T) {
 		changed[r.Name] = r
 	}
 	w, _ := fakeWorld{}.with(changed)
-	x := &script{t: t, s: newState(w, 1, nil), sent: map[string]*response{}}
-	x.run(`
-		sub cluster *
-		> 1 cluster: 0@1 1@1
-		ack 1
-		> 2 cluster: 2@1 3@1
-		ack 2
-		> 3 cluster: 4@1
-		ack 3`)
+	s := newState(w, 1, nil)
+	s.request(envoy.Cluster, &request{}, time.Time{})
+	sent := map[string]int{}
+	for responses := 0; len(sent) < len(changed); responses++ {
+		r := s.next()
+		if r == nil || responses == len(changed) {
+			t.Fatalf("after %d responses %v was sent", responses, sent)
+		}
+		if r.size > maxResponse && len(r.resources) > 1 {
+			t.Errorf("a response of %d resources has %d bytes", len(r.resources), r.size)
+		}
+		for _, res := range r.resources {
+			sent[res.Name.Name]++
+		}
+		if early := s.next(); early != nil {
+			t.Errorf("before the first is ACKed %d more are sent", len(early.resources))
+		}
+		s.request(envoy.Cluster, &request{nonce: r.nonce}, time.Time{})
+	}
+	for name, n := range sent {
+		if n != 1 {
+			t.Errorf("%s was sent %d times", name, n)
+		}
+	}
+	if r := s.next(); r != nil {
+		t.Errorf("all is there, and %d resources are sent", len(r.resources))
+	}
 }
 
 // TestProgressOfSkippedWorlds: a stream that goes over several Worlds at once

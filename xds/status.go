@@ -18,7 +18,7 @@ import (
 // ProxyStatus is one proxy as the Server sees it: connected, or gone for less
 // than an hour, or than Remember says.
 type ProxyStatus struct {
-	ID           string // the node id of Identity
+	ID           string // the node id of Identity; of the further streams of a gRPC client, with #2, #3 and so on
 	Identity     lb.Identity
 	EnvoyVersion string
 	Metadata     map[string]string // of the node; what is no string is JSON

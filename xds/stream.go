@@ -12,6 +12,7 @@ import (
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	discovery "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	loadv3 "github.com/envoyproxy/go-control-plane/envoy/service/load_stats/v3"
+	statusv3 "github.com/envoyproxy/go-control-plane/envoy/service/status/v3"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
@@ -41,8 +42,7 @@ const (
 	readBuffer = 4 << 10
 	// window is how much a client may send before it is read. It is fixed: to
 	// estimate it gRPC would ping a client for each of its ACKs.
-	window     = 1 << 20
-	wantsDelta = "state-of-the-world ADS is not served: set api_type: DELTA_GRPC in ads_config"
+	window = 1 << 20
 )
 
 // service is the gRPC side of one Listener.
@@ -71,6 +71,7 @@ func (s *Server) Serve(ctx context.Context, l Listener) error {
 	)
 	discovery.RegisterAggregatedDiscoveryServiceServer(g, v)
 	loadv3.RegisterLoadReportingServiceServer(g, v)
+	statusv3.RegisterClientStatusDiscoveryServiceServer(g, v)
 	healthpb.RegisterHealthServer(g, healthService{Server: v.Server})
 	stopped := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
@@ -90,18 +91,58 @@ func (s *Server) Serve(ctx context.Context, l Listener) error {
 	return err
 }
 
-// StreamAggregatedResources implements the discovery service.
-func (v *service) StreamAggregatedResources(discovery.AggregatedDiscoveryService_StreamAggregatedResourcesServer) error {
-	return status.Error(codes.Unimplemented, wantsDelta)
+// DeltaAggregatedResources implements the discovery service: one proxy's stream.
+func (v *service) DeltaAggregatedResources(gs discovery.AggregatedDiscoveryService_DeltaAggregatedResourcesServer) error {
+	return v.serve(gs, &deltaForm{})
 }
 
-// DeltaAggregatedResources implements the discovery service: one proxy's stream.
-// The handler waits for the stream's end; requests are handled where they are
-// received.
-func (v *service) DeltaAggregatedResources(gs discovery.AggregatedDiscoveryService_DeltaAggregatedResourcesServer) error {
-	in := &inbound{first: make(chan string, 1), failed: make(chan error, 1), admitted: make(chan *stream, 1)}
-	v.wg.Go(func() { in.failed <- v.receive(gs, in) })
-	st, err := v.first(gs, in)
+// form is one of the two forms of xDS, delta and the state of the world. A state
+// speaks delta; a form translates, for one stream.
+type form interface {
+	receive(gs grpc.ServerStream) error // waits for a request
+	node() (*corev3.Node, error)        // of the request
+	typeURL() string
+	delta(s *state, t envoy.Type) *request // the request, in delta form
+	forget()                               // lets the request go
+	next(s *state) outgoing                // the response that is to be sent now, or nil
+}
+
+// outgoing is a response in one of the forms.
+type outgoing interface{ base() *response }
+
+func (r *response) base() *response { return r }
+
+// deltaForm has nothing to translate.
+type deltaForm struct{ q request }
+
+func (f *deltaForm) receive(gs grpc.ServerStream) error { return gs.RecvMsg(&f.q) }
+func (f *deltaForm) typeURL() string                    { return f.q.typeURL }
+func (f *deltaForm) delta(*state, envoy.Type) *request  { return &f.q }
+func (f *deltaForm) forget()                            { f.q = request{} }
+
+func (f *deltaForm) node() (*corev3.Node, error) {
+	n := &corev3.Node{}
+	return n, proto.Unmarshal([]byte(f.q.node), n)
+}
+
+func (f *deltaForm) next(s *state) outgoing {
+	if r := s.next(); r != nil {
+		return r
+	}
+	return nil
+}
+
+// serve serves one stream. The handler waits for its end; requests are handled
+// where they are received.
+func (v *service) serve(gs grpc.ServerStream, f form) error {
+	leave, err := v.enter()
+	if err != nil {
+		return err
+	}
+	defer leave()
+	in := &inbound{first: make(chan struct{}, 1), failed: make(chan error, 1), admitted: make(chan *stream, 1)}
+	v.wg.Go(func() { in.failed <- v.receive(gs, f, in) })
+	st, err := v.first(gs, f, in)
 	if err != nil {
 		close(in.admitted)
 		return err
@@ -117,22 +158,17 @@ var errStopping = status.Error(codes.Unavailable, "the control plane stops")
 
 // inbound joins a stream's handler and its receiver.
 type inbound struct {
-	first    chan string  // the node of the first request
-	failed   chan error   // receiving is over; nil: the client has closed the stream
-	admitted chan *stream // closed without one: it is refused
+	first    chan struct{} // the form has the first request
+	failed   chan error    // receiving is over; nil: the client has closed the stream
+	admitted chan *stream  // closed without one: it is refused
 }
 
 // first waits for the first request and admits the proxy.
-func (v *service) first(gs grpc.ServerStream, in *inbound) (*stream, error) {
+func (v *service) first(gs grpc.ServerStream, f form, in *inbound) (*stream, error) {
 	late := time.NewTimer(firstRequest)
 	defer late.Stop()
-	var node *corev3.Node
 	select {
-	case text := <-in.first:
-		node = &corev3.Node{}
-		if err := proto.Unmarshal([]byte(text), node); err != nil {
-			return nil, status.Error(codes.InvalidArgument, "node: "+err.Error())
-		}
+	case <-in.first:
 	case err := <-in.failed:
 		return nil, err
 	case <-late.C:
@@ -140,8 +176,13 @@ func (v *service) first(gs grpc.ServerStream, in *inbound) (*stream, error) {
 	case <-v.ctx.Done():
 		return nil, errStopping
 	}
-	st, err := v.welcome(gs, node)
+	node, err := f.node()
 	if err != nil {
+		return nil, status.Error(codes.InvalidArgument, "node: "+err.Error())
+	}
+	st, err := v.welcome(gs, f, node)
+	if err != nil {
+		v.metrics.refused.WithLabelValues(refusedIdentity).Inc()
 		v.cfg.Log.Debug("xds: proxy is refused", "node", node.GetId(), "error", err)
 	}
 	return st, err
@@ -154,8 +195,8 @@ func (v *service) end(st *stream, gs grpc.ServerStream, in *inbound) error {
 		return err
 	case <-gs.Context().Done():
 		return gs.Context().Err()
-	case <-st.replaced:
-		return status.Errorf(codes.Aborted, "node id %q: a newer proxy has come with this id", st.id)
+	case err := <-st.over:
+		return err
 	case <-v.ctx.Done():
 		return errStopping
 	}
@@ -163,27 +204,44 @@ func (v *service) end(st *stream, gs grpc.ServerStream, in *inbound) error {
 
 // receive handles requests until the stream ends; nil says that the client closed
 // it, or that it is refused.
-func (v *service) receive(gs grpc.ServerStream, in *inbound) error {
+func (v *service) receive(gs grpc.ServerStream, f form, in *inbound) error {
 	var st *stream
-	for q := new(request); ; {
-		if err := gs.RecvMsg(q); errors.Is(err, io.EOF) {
+	for {
+		if err := f.receive(gs); errors.Is(err, io.EOF) {
 			return nil
 		} else if err != nil {
 			return err
 		}
 		if st == nil {
-			in.first <- q.node
+			in.first <- struct{}{}
 			if st = <-in.admitted; st == nil {
 				return nil
 			}
 		}
-		st.mu.Lock()
-		if !st.closed {
-			v.handle(st, q)
-			v.flush(st)
+		if err := v.take(st, f); err != nil {
+			return err
 		}
-		st.mu.Unlock()
 	}
+}
+
+// take hands a request to the state, and what follows from it to the network.
+func (v *service) take(st *stream, f form) error {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	if st.closed {
+		return nil
+	}
+	t, ok := envoy.TypeOf(f.typeURL())
+	if !ok {
+		v.cfg.Log.Debug("xds: proxy asks for a type that is not served", "proxy", st.id, "type", f.typeURL())
+		return nil
+	}
+	if err := v.handle(st, t, f.delta(st.state, t)); err != nil {
+		return err
+	}
+	f.forget()
+	v.flush(st)
+	return nil
 }
 
 // stream is one connected proxy, or one that has gone.
@@ -195,9 +253,9 @@ type stream struct {
 	metadata map[string]string
 	since    time.Time
 	wire     grpc.ServerStream
+	form     form            // used with mu held, but by the receiver
 	beside   *sync.WaitGroup // of what runs beside the handlers
-	replaced chan struct{}   // closed when a newer stream has its id
-	replace  func()          // closes replaced
+	over     chan error      // one slot: why the Server ends it
 	ended    chan struct{}   // closed when the handler is through
 
 	// mu is taken before the Server's, and never held while anybody waits for the
@@ -215,6 +273,14 @@ type stream struct {
 	slot   int         // in the audience; guarded by the audience
 }
 
+// cut ends a stream.
+func (st *stream) cut(why error) {
+	select {
+	case st.over <- why:
+	default: // it ends already
+	}
+}
+
 // ask runs f where the state may be read, or reports that the stream has ended:
 // then nobody changes its state any more.
 func (st *stream) ask(f func(*state)) bool {
@@ -227,136 +293,16 @@ func (st *stream) ask(f func(*state)) bool {
 	return true
 }
 
-// identify checks who a node claims to be, and whether it may be served here.
-func (v *service) identify(ctx context.Context, node *corev3.Node) (lb.Identity, error) {
-	identity, err := lb.ParseIdentity(node.GetId())
-	if err != nil {
-		return identity, status.Error(codes.InvalidArgument, err.Error())
-	}
-	if v.cfg.Admit != nil {
-		if err := v.firstWorld(ctx); err != nil {
-			return identity, err
-		}
-		if identity, err = v.cfg.Admit(identity); err != nil {
-			if _, ok := status.FromError(err); ok {
-				return identity, err
-			}
-			return identity, status.Error(codes.FailedPrecondition, err.Error())
-		}
-	}
-	if v.tenant != "" && (identity.Role != lb.Sidecar || identity.Tenant != v.tenant) {
-		return identity, status.Errorf(codes.PermissionDenied, "node id %q: this socket serves sidecars of tenant %s only", node.GetId(), v.tenant)
-	}
-	return identity, nil
-}
-
-// firstWorld waits for the first Publish.
-func (v *service) firstWorld(ctx context.Context) error {
-	select {
-	case <-v.ready:
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
-	case <-v.ctx.Done():
-		return errStopping
-	}
-}
-
-// welcome checks who a proxy is, waits for the first World and registers it.
-func (v *service) welcome(gs grpc.ServerStream, node *corev3.Node) (*stream, error) {
-	ctx := gs.Context()
-	identity, err := v.identify(ctx, node)
-	if err != nil {
-		return nil, err
-	}
-	if err := v.firstWorld(ctx); err != nil {
-		return nil, err
-	}
-	st := &stream{
-		id: identity.String(), identity: identity, version: envoyVersion(node), metadata: metadataOf(node), since: v.cfg.Now(),
-		wire: gs, beside: &v.wg, replaced: make(chan struct{}), ended: make(chan struct{}),
-	}
-	st.replace = sync.OnceFunc(func() { close(st.replaced) })
-	if err := v.register(ctx, st); err != nil {
-		return nil, err
-	}
-	return st, nil
-}
-
-// register makes a stream the one of its id, after an older one has ended.
-func (s *Server) register(ctx context.Context, st *stream) error {
-	for {
-		s.mu.Lock()
-		old := s.live[st.id]
-		if old == nil {
-			break
-		}
-		now := s.cfg.Now()
-		d, ok := s.duplicates[st.id]
-		if !ok {
-			d.since = now
-		}
-		d.last = now
-		s.duplicates[st.id] = d
-		s.mu.Unlock()
-		old.replace()
-		select {
-		case <-old.ended:
-		case <-ctx.Done():
-			return ctx.Err()
-		}
-	}
-	defer s.mu.Unlock()
-	var past *state
-	if was := s.gone[st.id]; was != nil && was.version == st.version {
-		past = was.state
-	}
-	delete(s.gone, st.id)
-	st.at = s.newest.Load()
-	st.state = newState(st.at.world.View(st.proxy()), st.at.world.Version(), past)
-	st.state.sets = s.sets
-	st.mark = s.tracker.join()
-	s.audience.join(st)
-	s.live[st.id] = st
-	s.metrics.proxies.WithLabelValues(string(st.identity.Role)).Inc()
-	if hook := s.cfg.OnConnect; hook != nil {
-		now := st.status(true)
-		s.event(func() { hook(now) })
-	}
-	s.cfg.Log.Info("xds: proxy has come", "proxy", st.id, "envoy", st.version)
-	return nil
-}
-
-func (s *Server) unregister(st *stream) {
-	st.mu.Lock()
-	st.closed = true
-	st.final = st.status(false)
-	st.final.Since = s.cfg.Now()
-	st.state.view, st.at = nothing{}, nil // lets the World go
-	st.mu.Unlock()
-	s.mu.Lock()
-	delete(s.live, st.id)
-	s.gone[st.id] = st
-	s.audience.leave(st, st.state.subscriptions)
-	s.tracker.leave(st.mark)
-	if hook := s.cfg.OnDisconnect; hook != nil {
-		s.event(func() { hook(st.final) })
-	}
-	s.wakeUp()
-	s.mu.Unlock()
-	s.metrics.proxies.WithLabelValues(string(st.identity.Role)).Dec()
-	close(st.ended)
-}
-
 // flush hands what is to be sent to the network, one response at a time, so that
 // each is made from the newest World. st.mu is held.
 func (s *Server) flush(st *stream) {
 	for !st.sending {
-		r := st.state.next()
+		r := st.form.next(st.state)
 		if r == nil {
 			break
 		}
-		if st.state.unacked()-r.size <= sendsAtOnce {
+		r.base().at = s.cfg.Now()
+		if st.state.unacked()-r.base().size <= sendsAtOnce {
 			s.send(st, r)
 			continue
 		}
@@ -368,7 +314,7 @@ func (s *Server) flush(st *stream) {
 			defer st.mu.Unlock()
 			st.sending = err != nil // then the stream has ended
 			if err == nil && !st.closed {
-				s.count(r)
+				s.count(r.base())
 				s.flush(st)
 			}
 		})
@@ -382,25 +328,24 @@ func (s *Server) flush(st *stream) {
 }
 
 // send hands a response to gRPC where that does not wait for the network.
-func (s *Server) send(st *stream, r *response) {
+func (s *Server) send(st *stream, r outgoing) {
 	if st.wire.SendMsg(r) != nil {
 		st.sending = true // the stream has ended, which its handler sees by itself
 		return
 	}
-	s.count(r)
+	s.count(r.base())
 }
 
 func (s *Server) count(r *response) {
 	s.metrics.responses[r.Type].Inc()
-	s.metrics.bytes.Add(float64(r.size))
+	s.metrics.bytes[r.Type].Add(float64(r.size))
 }
 
 // handle takes a request. st.mu is held.
-func (v *service) handle(st *stream, q *request) {
-	t, ok := envoy.TypeOf(q.typeURL)
-	if !ok {
-		v.cfg.Log.Debug("xds: proxy asks for a type that is not served", "proxy", st.id, "type", q.typeURL)
-		return
+func (v *service) handle(st *stream, t envoy.Type, q *request) error {
+	if n := st.state.subscribed(t) + len(q.subscribe); n > maxNames {
+		v.metrics.refused.WithLabelValues(refusedBounds).Inc()
+		return status.Errorf(codes.ResourceExhausted, "node id %q: %d subscriptions of type %s, more than %d", st.id, n, t, maxNames)
 	}
 	if q.refused {
 		v.metrics.nacks[t].Inc()
@@ -413,10 +358,10 @@ func (v *service) handle(st *stream, q *request) {
 		if v.cfg.OnAck != nil {
 			v.cfg.OnAck(st.id, a.version, a.clusters)
 		}
-		*a = taken{}
+		a.clusters = a.clusters[:0]
 	}
 	if len(rejected) == 0 {
-		return
+		return nil
 	}
 	v.mu.Lock()
 	defer v.mu.Unlock()
@@ -426,12 +371,13 @@ func (v *service) handle(st *stream, q *request) {
 			v.event(func() { hook(st.id, r.Name, r.version, r.message) })
 		}
 	}
+	return nil
 }
 
 // advance moves a stream to the newest World. st.mu is held.
 func (s *Server) advance(st *stream) {
-	var changes []envoy.Change
-	names := 0
+	var few [4]envoy.Change
+	changes, names := few[:0], 0
 	for next := st.at.next.Load(); next != nil; next = next.next.Load() {
 		st.at = next
 		c := next.change

@@ -144,6 +144,15 @@ func (s *state) asksForAll(t envoy.Type, subscribe []string) bool {
 	return t.Wildcard() && (slices.Contains(subscribe, wildcardName) || len(subscribe) == 0 && !s.types[t].started)
 }
 
+// subscribed counts what the client has asked for by name.
+func (s *state) subscribed(t envoy.Type) int {
+	n := s.types[t].named.len()
+	if !t.Wildcard() {
+		n += s.types[t].held.len()
+	}
+	return n
+}
+
 // subscriptions lists what the client has asked for by name, in no order.
 func (s *state) subscriptions(t envoy.Type) []string {
 	ts := &s.types[t]
@@ -160,8 +169,8 @@ func (s *state) subscribe(t envoy.Type, name string) {
 	ts := &s.types[t]
 	switch {
 	case name != wildcardName:
-		name = s.own(t, name)
-		if !s.subscribed(t, name) {
+		name = strings.Clone(name) // a request's shares the memory of all of it
+		if !s.named(t, name) {
 			ts.named.set(name, struct{}{})
 		}
 		ts.answers.set(name, s.version)
@@ -184,17 +193,9 @@ func (s *state) markAll(t envoy.Type) {
 			held = held[1:]
 		}
 		if len(held) == 0 || held[0] != r || ts.again.has(r.Name.Name) {
-			s.mark(t, r.Name.Name, s.version)
+			s.compare(t, r.Name.Name, r, true, s.version)
 		}
 	}
-}
-
-// own is a name that may be kept: a request's shares the memory of all of it.
-func (s *state) own(t envoy.Type, name string) string {
-	if r := s.view.Get(envoy.Name{Type: t, Name: name}); r != nil {
-		return r.Name.Name
-	}
-	return strings.Clone(name)
 }
 
 // unsubscribe forgets a name: the client drops what it has of it. One that the
@@ -211,7 +212,7 @@ func (s *state) unsubscribe(t envoy.Type, name string) {
 		}
 		return
 	}
-	if !s.subscribed(t, name) {
+	if !s.named(t, name) {
 		return
 	}
 	ts.named.del(name)
@@ -265,11 +266,11 @@ func collect[V any](all map[string]struct{}, names map[string]V) {
 
 // wants says whether the client is to have the resource when it exists.
 func (s *state) wants(t envoy.Type, name string) bool {
-	return s.types[t].wildcard || s.subscribed(t, name)
+	return s.types[t].wildcard || s.named(t, name)
 }
 
-// subscribed says whether the client has asked for the resource by its name.
-func (s *state) subscribed(t envoy.Type, name string) bool {
+// named says whether the client has asked for the resource by its name.
+func (s *state) named(t envoy.Type, name string) bool {
 	ts := &s.types[t]
 	return ts.named.has(name) || !t.Wildcard() && ts.held.get(name) != nil
 }

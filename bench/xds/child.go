@@ -31,6 +31,15 @@ type child struct {
 
 // startChild starts a server; its proxies are made, not connected.
 func startChild(ctx context.Context, side string, s size, proxies int) (c *child, err error) {
+	if c, err = startAt(ctx, side, s, ""); err != nil {
+		return nil, err
+	}
+	c.fleet = newFleet(c.start.Address, c.start.Held, proxies, s.Tenants)
+	return c, nil
+}
+
+// startAt starts a server at an address, or where there is room; it has no proxies.
+func startAt(ctx context.Context, side string, s size, address string) (c *child, err error) {
 	self, err := os.Executable()
 	if err != nil {
 		return nil, err
@@ -48,14 +57,31 @@ func startChild(ctx context.Context, side string, s size, proxies int) (c *child
 	if err := c.cmd.Start(); err != nil {
 		return nil, err
 	}
-	if c.start, err = c.ask(command{Do: "start", size: s}); err != nil {
+	if c.start, err = c.ask(command{Do: "start", size: s, At: address}); err != nil {
 		return nil, errors.Join(err, c.stop())
 	}
 	if want := s.Services / s.Tenants; c.start.Held != want {
 		return nil, errors.Join(fmt.Errorf("a proxy has %d clusters, want %d", c.start.Held, want), c.stop())
 	}
-	c.fleet = newFleet(c.start.Address, c.start.Held, proxies, s.Tenants)
 	return c, nil
+}
+
+// kill ends the server without a word. Its proxies have lost their connections
+// when it returns.
+func (c *child) kill() error {
+	for _, p := range c.proxies {
+		p.closing.Store(true)
+	}
+	if err := c.cmd.Process.Kill(); err != nil {
+		return err
+	}
+	for _, p := range c.proxies {
+		<-p.done
+		p.conn = nil
+	}
+	_ = c.in.Close()
+	_ = c.cmd.Wait() // it was killed
+	return nil
 }
 
 func (c *child) ask(q command) (a answer, err error) {

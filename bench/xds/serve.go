@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -23,6 +24,7 @@ import (
 type command struct {
 	Do string `json:"do"` // start change usage memory load profile heap
 	size
+	At      string        `json:"at,omitempty"`      // start: where to listen; a free port of 127.0.0.1
 	Service int           `json:"service,omitempty"` // change
 	Rate    int           `json:"rate,omitempty"`    // load: changes a second
 	For     time.Duration `json:"for,omitempty"`     // load
@@ -108,7 +110,7 @@ type process struct {
 func (p *process) do(ctx context.Context, c command) (answer, error) {
 	switch c.Do {
 	case "start":
-		l, err := net.Listen("tcp", "127.0.0.1:0")
+		l, err := net.Listen("tcp", cmp.Or(c.At, "127.0.0.1:0"))
 		if err != nil {
 			return answer{}, err
 		}

@@ -13,7 +13,7 @@ import (
 	"time"
 )
 
-// RequireEnv is a comma-separated list of components (envoy, consul, netns) whose absence fails a test instead of
+// RequireEnv is a comma-separated list of components (envoy, consul, grpcio, netns) whose absence fails a test instead of
 // skipping it.
 const RequireEnv = "ROOST_REQUIRE"
 

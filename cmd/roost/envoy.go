@@ -20,6 +20,7 @@ import (
 	"github.com/roostmesh/roost/cmd/internal/host"
 	"github.com/roostmesh/roost/lb"
 	"github.com/roostmesh/roost/xds/envoy"
+	"github.com/roostmesh/roost/xds/proxyless"
 )
 
 // drainSeconds is how long Envoy lets connections of a removed listener live.
@@ -27,13 +28,14 @@ const drainSeconds = 30
 
 // proxyFlags say which proxy an Envoy is, and where its control plane is.
 type proxyFlags struct {
-	sidecar, node, gateway, xds, config, admin string
+	sidecar, node, gateway, grpc, xds, config, admin string
 }
 
 func (f *proxyFlags) add(c *cobra.Command) {
 	c.Flags().StringVar(&f.sidecar, "sidecar", "", "TENANT/SERVICE/ID[@NODE]: beside this instance")
 	c.Flags().StringVar(&f.node, "node", "", "HOST: for every caller on this host")
 	c.Flags().StringVar(&f.gateway, "gateway", "", "GROUP[/MEMBER]: public listeners and dedicated IPs")
+	c.Flags().StringVar(&f.grpc, "grpc", "", "TENANT/SERVICE/ID[@NODE]: this instance's own gRPC library, without an Envoy (bootstrap only)")
 	c.Flags().StringVar(&f.xds, "xds", "", "control plane: HOST:PORT or unix:PATH (default: from --config, else "+config.DefaultXDS+")")
 	c.Flags().StringVar(&f.config, "config", "", "config file, for the control plane's address and this host's name")
 	c.Flags().StringVar(&f.admin, "admin", "", "Envoy's admin interface: unix:PATH or IP:PORT on loopback (default: a private unix socket; for bootstrap 127.0.0.1:0)")
@@ -46,13 +48,13 @@ func (f *proxyFlags) loadConfig(ctx context.Context) (*config.Config, error) {
 
 func (f *proxyFlags) identity(c *config.Config) (lb.Identity, error) {
 	set := 0
-	for _, s := range []string{f.sidecar, f.node, f.gateway} {
+	for _, s := range []string{f.sidecar, f.node, f.gateway, f.grpc} {
 		if s != "" {
 			set++
 		}
 	}
 	if set != 1 {
-		return lb.Identity{}, usage("say which proxy this is: one of --sidecar TENANT/SERVICE/ID[@NODE], --node HOST, --gateway GROUP[/MEMBER]")
+		return lb.Identity{}, usage("say which proxy this is: one of --sidecar TENANT/SERVICE/ID[@NODE], --node HOST, --gateway GROUP[/MEMBER], --grpc TENANT/SERVICE/ID[@NODE]")
 	}
 	switch {
 	case f.node != "":
@@ -67,15 +69,23 @@ func (f *proxyFlags) identity(c *config.Config) (lb.Identity, error) {
 		}
 		return lb.Identity{Role: lb.Gateway, Group: group, Member: member}, nil
 	}
-	parts := strings.SplitN(f.sidecar, "/", 3)
+	if f.grpc != "" {
+		return besides(lb.Proxyless, "--grpc", f.grpc)
+	}
+	return besides(lb.Sidecar, "--sidecar", f.sidecar)
+}
+
+// besides is the identity of a proxy that acts for one instance.
+func besides(role lb.Role, flag, instance string) (lb.Identity, error) {
+	parts := strings.SplitN(instance, "/", 3)
 	if len(parts) != 3 || slices.Contains(parts, "") {
-		return lb.Identity{}, usage("--sidecar %q is not TENANT/SERVICE/ID[@NODE]", f.sidecar)
+		return lb.Identity{}, usage("%s %q is not TENANT/SERVICE/ID[@NODE]", flag, instance)
 	}
 	id, node := parts[2], ""
 	if i := strings.LastIndexByte(id, '@'); i > 0 {
 		id, node = id[:i], id[i+1:]
 	}
-	return lb.Identity{Role: lb.Sidecar, Tenant: parts[0], Service: parts[1], Instance: id, Node: node}, nil
+	return lb.Identity{Role: role, Tenant: parts[0], Service: parts[1], Instance: id, Node: node}, nil
 }
 
 func (f *proxyFlags) control(c *config.Config) string {
@@ -87,7 +97,7 @@ func (f *proxyFlags) control(c *config.Config) string {
 
 func bootstrapVerb(*options) *cobra.Command {
 	var f proxyFlags
-	c := &cobra.Command{Use: "bootstrap", Short: "Envoy's bootstrap as JSON on stdout", Args: cobra.NoArgs, RunE: func(cmd *cobra.Command, _ []string) error {
+	c := &cobra.Command{Use: "bootstrap", Short: "The bootstrap of an Envoy, or of a gRPC client, as JSON on stdout", Args: cobra.NoArgs, RunE: func(cmd *cobra.Command, _ []string) error {
 		c, err := f.loadConfig(cmd.Context())
 		if err != nil {
 			return err
@@ -95,6 +105,9 @@ func bootstrapVerb(*options) *cobra.Command {
 		id, err := f.identity(c)
 		if err != nil {
 			return err
+		}
+		if id.Role == lb.Proxyless {
+			return f.grpcBootstrap(cmd.OutOrStdout(), id, c)
 		}
 		at := f.admin
 		metadata := map[string]string{}
@@ -114,6 +127,19 @@ func bootstrapVerb(*options) *cobra.Command {
 	return c
 }
 
+// grpcBootstrap prints what GRPC_XDS_BOOTSTRAP is to name.
+func (f *proxyFlags) grpcBootstrap(out io.Writer, id lb.Identity, c *config.Config) error {
+	if f.admin != "" {
+		return usage("--admin is Envoy's: a gRPC client has no admin interface")
+	}
+	data, err := proxyless.Bootstrap(id, f.control(c))
+	if err != nil {
+		return exit(exitUsage, err)
+	}
+	_, err = out.Write(data)
+	return err
+}
+
 func envoyVerb(*options) *cobra.Command {
 	var f proxyFlags
 	var path string
@@ -126,6 +152,9 @@ func envoyVerb(*options) *cobra.Command {
 }
 
 func runEnvoy(ctx context.Context, f proxyFlags, path string, extra []string, out, talk io.Writer) error {
+	if f.grpc != "" {
+		return usage("--grpc is for an application that needs no Envoy: roost bootstrap --grpc %s > bootstrap.json, and start it with GRPC_XDS_BOOTSTRAP=bootstrap.json", f.grpc)
+	}
 	c, err := f.loadConfig(ctx)
 	if err != nil {
 		return err

@@ -82,7 +82,10 @@ func serve(ctx context.Context, path string, out, talk io.Writer) error {
 		return exit(exitNoStart, err)
 	}
 	handler := admin.New(d, version(), log)
-	group, ctx := errgroup.WithContext(ctx)
+	work, end := context.WithCancel(context.WithoutCancel(ctx))
+	defer end()
+	defer context.AfterFunc(ctx, func() { leave(work, d, log); end() })()
+	group, ctx := errgroup.WithContext(work)
 	group.Go(func() error { return d.Run(ctx) })
 	group.Go(func() error { return admin.Serve(ctx, handler, log, tcp, unix) })
 	group.Go(func() error { return host.Guard(ctx, c, d.Snapshot, envoy.CapturePort, log, d.SetHostProblems) })
@@ -91,13 +94,26 @@ func serve(ctx context.Context, path string, out, talk io.Writer) error {
 		return nil
 	})
 	err = group.Wait()
-	if _, nerr := sdaemon.SdNotify(false, sdaemon.SdNotifyStopping); nerr != nil {
-		log.Debug("service manager was not told of the stop", "error", nerr)
-	}
 	if err != nil && !errors.Is(err, context.Canceled) {
 		return exit(exitFailed, err)
 	}
 	return nil
+}
+
+// leaveFor is how long a Roost that stops still serves, while it says that it is
+// not ready any more: for who asks that before sending somebody here.
+const leaveFor = 200 * time.Millisecond
+
+// leave says that this Roost is about to stop.
+func leave(ctx context.Context, d *daemon.Daemon, log *slog.Logger) {
+	if _, err := sdaemon.SdNotify(false, sdaemon.SdNotifyStopping); err != nil {
+		log.Debug("service manager was not told of the stop", "error", err)
+	}
+	d.Leave()
+	select {
+	case <-time.After(leaveFor):
+	case <-ctx.Done():
+	}
 }
 
 // announce says on stdout, once, that Roost is ready and where. Sources that do

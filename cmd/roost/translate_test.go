@@ -63,7 +63,9 @@ func TestTranslate(t *testing.T) {
 			for _, id := range proxies {
 				list := resources(t, filepath.Join(dir, "roost.yaml"), id)
 				fmt.Fprintf(&got, "== %s\n%s", id, readable(t, list, kindsOf(a)))
-				judge(t, list, "")
+				if !strings.HasPrefix(id, "grpc~") { // those are judged by gRPC's own client, in xds
+					judge(t, list, "")
+				}
 			}
 			if *update {
 				write(t, file, a, got.Bytes())

@@ -44,14 +44,9 @@ const (
 // clusters are the clusters of one service: one for each port, and one for each
 // version that routes name.
 func clusters(s *lb.Service) []*Resource {
-	var out []*Resource
-	for i := range s.Ports {
-		for _, version := range append([]string{""}, s.Versions...) {
-			name := lb.ClusterName(s.Key, s.Ports[i].Name, version)
-			out = append(out, encode(Cluster, name, cluster(s, &s.Ports[i], name), Name{Endpoint, name}))
-		}
-	}
-	return out
+	return eachCluster(s, func(port int, _, name string) *Resource {
+		return encode(Cluster, name, cluster(s, &s.Ports[port], name), Name{Endpoint, name})
+	})
 }
 
 func cluster(s *lb.Service, p *lb.Port, name string) *clusterv3.Cluster {
@@ -191,14 +186,9 @@ func outliers(o *lb.OutlierDetection) *clusterv3.OutlierDetection {
 // instance is explicitly empty. One that drains stays until what it has in flight
 // has ended, so that proxies can tell.
 func endpoints(s *lb.Service) []*Resource {
-	var out []*Resource
-	for i := range s.Ports {
-		for _, version := range append([]string{""}, s.Versions...) {
-			name := lb.ClusterName(s.Key, s.Ports[i].Name, version)
-			out = append(out, encode(Endpoint, name, assignment(s, i, version, name)))
-		}
-	}
-	return out
+	return eachCluster(s, func(port int, version, name string) *Resource {
+		return encode(Endpoint, name, assignment(s, port, version, name))
+	})
 }
 
 func assignment(s *lb.Service, port int, version, name string) *endpointv3.ClusterLoadAssignment {

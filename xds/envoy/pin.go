@@ -25,7 +25,7 @@ type Pin struct {
 }
 
 // lead is a service that a pinned route configuration leads to, by a route of a
-// tenant.
+// tenant: the one that the route says, or that the whole table belongs to.
 type lead struct {
 	tenant string
 	to     lb.Key
@@ -53,7 +53,7 @@ func NewPin(n Name, refused string, good *Resource) (*Pin, error) {
 func leadsOf(c *routev3.RouteConfiguration) (out []lead) {
 	for _, host := range c.GetVirtualHosts() {
 		for _, r := range host.GetRoutes() {
-			tenant := r.GetMetadata().GetFilterMetadata()[metadataKey].GetFields()["tenant"].GetStringValue()
+			tenant := cmp.Or(r.GetMetadata().GetFilterMetadata()[metadataKey].GetFields()["tenant"].GetStringValue(), ServiceOf(c.GetName()).Tenant)
 			names := []string{r.GetRoute().GetCluster()}
 			for _, c := range r.GetRoute().GetWeightedClusters().GetClusters() {
 				names = append(names, c.GetName())
@@ -143,11 +143,11 @@ func (t *Translation) Built(n Name, version string) *Resource {
 	if s := t.services.Get(ServiceOf(n.Name)); s != nil {
 		switch n.Type {
 		case Cluster:
-			lists = [][]*Resource{s.clusters}
+			lists = [][]*Resource{s.clusters, s.proxyless.clusters()}
 		case Listener:
-			lists = [][]*Resource{s.shapes.sidecar(), s.shapes.node(), s.shapes.dedicated()}
+			lists = [][]*Resource{s.shapes.sidecar(), s.shapes.node(), s.shapes.dedicated(), s.proxyless.listeners()}
 		case Route:
-			lists = [][]*Resource{s.routes.encoded()}
+			lists = [][]*Resource{s.routes.encoded(), s.proxyless.routes()}
 		}
 	}
 	if p := t.public[n.Name]; p != nil {
@@ -200,11 +200,11 @@ func (w *Pinned) Version() uint64 { return w.world.Version() }
 
 // View is what a proxy may hold. Without Pins it is the World's own.
 func (w *Pinned) View(p Proxy) View {
-	v := w.world.view(p)
+	v := w.world.View(p)
 	if len(w.pins) == 0 {
 		return v
 	}
-	return &pinnedView{view: v, w: w}
+	return &pinnedView{View: v, w: w, proxyless: p.Role == lb.Proxyless}
 }
 
 // Since says what differs from prev; nil is a World with nothing in it.
@@ -243,13 +243,14 @@ func (p *Pin) concerned(names []Name) bool {
 
 // pinnedView is a view of a World with Pins.
 type pinnedView struct {
-	*view
-	w *Pinned
+	View
+	w         *Pinned
+	proxyless bool
 }
 
 // Get implements View.
 func (v *pinnedView) Get(n Name) *Resource {
-	r := v.view.Get(n)
+	r := v.View.Get(n)
 	if r == nil {
 		return v.kept(n)
 	}
@@ -268,7 +269,7 @@ func (v *pinnedView) replaced(r *Resource) *Resource {
 // routes, rules and secrets.
 func (v *pinnedView) whole(p *Pin) bool {
 	return p.Good == nil || !slices.ContainsFunc(p.Good.Refs, func(n Name) bool {
-		return n.Type != Cluster && n.Type != Endpoint && v.view.Get(n) == nil
+		return n.Type != Cluster && n.Type != Endpoint && v.View.Get(n) == nil
 	})
 }
 
@@ -279,26 +280,36 @@ func (v *pinnedView) kept(n Name) *Resource {
 		return nil
 	}
 	for _, p := range v.w.keeps[n.Name] {
-		parent := v.view.Get(p.Name)
+		parent := v.View.Get(p.Name)
 		s := v.w.world.services.Get(ServiceOf(n.Name))
 		if parent == nil || parent.Version != p.Refused || s == nil || !v.whole(p) {
 			continue
 		}
-		list := s.endpoints
-		if n.Type == Cluster {
-			list = s.clusters
-		}
-		if r := find(list, n); r != nil {
+		if r := find(v.childrenOf(s, n.Type), n); r != nil {
 			return v.replaced(r)
 		}
 	}
 	return nil
 }
 
+// childrenOf are the clusters of a service, or their endpoints, in the client's
+// form.
+func (v *pinnedView) childrenOf(s *serviceSet, t Type) []*Resource {
+	switch {
+	case v.proxyless && t == Cluster:
+		return s.proxyless.clusters()
+	case v.proxyless:
+		return s.proxyless.endpoints()
+	case t == Cluster:
+		return s.clusters
+	}
+	return s.endpoints
+}
+
 // All implements View.
 func (v *pinnedView) All(t Type) iter.Seq[*Resource] {
 	var list []*Resource
-	for r := range v.view.All(t) {
+	for r := range v.View.All(t) {
 		if r = v.replaced(r); r != nil {
 			list = append(list, r)
 		}
@@ -306,7 +317,7 @@ func (v *pinnedView) All(t Type) iter.Seq[*Resource] {
 	before := len(list)
 	for name := range v.w.keeps {
 		n := Name{t, name}
-		if v.view.Get(n) != nil {
+		if v.View.Get(n) != nil {
 			continue
 		}
 		if r := v.kept(n); r != nil {

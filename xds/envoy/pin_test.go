@@ -16,6 +16,7 @@ import (
 var pinIdentities = []lb.Identity{
 	{Role: lb.Sidecar, Tenant: "a", Service: "x", Instance: "1"}, {Role: lb.Sidecar, Tenant: "b", Service: "x", Instance: "1"},
 	{Role: lb.Node, Node: "h1"}, {Role: lb.Gateway, Group: "edge", Member: "m"},
+	{Role: lb.Proxyless, Tenant: "a", Service: "y", Instance: "1"},
 }
 
 // holdings are the versions of what a view has of what is known, and of all that it

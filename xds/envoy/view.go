@@ -11,7 +11,12 @@ import (
 )
 
 // View is what a proxy may hold.
-func (t *Translation) View(p Proxy) View { return t.view(p) }
+func (t *Translation) View(p Proxy) View {
+	if p.Role == lb.Proxyless {
+		return proxylessView{t.view(p)}
+	}
+	return t.view(p)
+}
 
 func (t *Translation) view(p Proxy) *view {
 	return &view{world: t, id: p.Identity, most: p.MaxListeners, sight: t.snapshot.SightOf(p.Identity)}

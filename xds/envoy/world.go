@@ -18,6 +18,7 @@ import (
 
 	"github.com/roostmesh/roost/certs"
 	"github.com/roostmesh/roost/lb"
+	"github.com/roostmesh/roost/xds/proxyless"
 )
 
 // Translation is the World of one Snapshot.
@@ -45,6 +46,7 @@ type serviceSet struct {
 	endpoints []*Resource
 	shapes    *shapes
 	routes    *routeSet
+	proxyless *proxylessSet
 }
 
 // shapes are the listeners, which do not depend on instances, made on demand.
@@ -208,6 +210,7 @@ func newServiceSet(before *serviceSet, sameConfig bool, world *lb.Snapshot, s *l
 	} else {
 		out.routes = newRouteSet(s, mesh, reasons)
 	}
+	out.proxyless = newProxylessSet(before, out)
 	return out
 }
 
@@ -372,6 +375,9 @@ func (d *differences) service(now, before *serviceSet) {
 	}
 	d.resources(now.clusters, before.clusters)
 	d.resources(now.endpoints, before.endpoints)
+	if !sameZones(before.service, now.service) {
+		d.resources(now.endpoints, nil)
+	}
 	if now.routes != before.routes {
 		d.routes(now)
 	}
@@ -405,6 +411,9 @@ func (d *differences) all(s *serviceSet) {
 		name := lb.RouteNameOf(s.service.Key, s.service.Ports[i].Port)
 		d.names[Name{Listener, name}] = true
 		d.names[Name{Listener, name + DedicatedSuffix}] = true
+	}
+	for _, t := range proxyless.Targets(s.service) {
+		d.names[Name{Listener, t.Name}] = true
 	}
 	for _, http := range []bool{false, true} {
 		d.names[Name{Extension, callersName(s.service, http)}] = true

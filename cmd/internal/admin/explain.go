@@ -69,13 +69,18 @@ func caller(s *lb.Snapshot, from string) *lb.View {
 	return &lb.View{Kind: lb.ViewTenant, Tenant: tenant, Service: service, Why: "asked for by name"}
 }
 
-// asProxy is the view of a sidecar; other proxies carry several callers'.
+// asProxy is the view of a sidecar or a gRPC client; other proxies carry several
+// callers'.
 func asProxy(id string) (*lb.View, error) {
 	identity, err := lb.ParseIdentity(id)
-	if err != nil || identity.Role != lb.Sidecar {
+	if err != nil || !identity.Beside() {
 		return nil, err
 	}
-	return &lb.View{Kind: lb.ViewTenant, Tenant: identity.Tenant, Service: identity.Service, Why: "sidecar " + id}, nil
+	who := "sidecar "
+	if identity.Role == lb.Proxyless {
+		who = "gRPC client "
+	}
+	return &lb.View{Kind: lb.ViewTenant, Tenant: identity.Tenant, Service: identity.Service, Why: who + id}, nil
 }
 
 // carriers are the connected proxies that would carry the request, with what
@@ -97,13 +102,17 @@ func carriers(d *daemon.Daemon, s *lb.Snapshot, e *lb.Explanation, only string) 
 		if !gateway && (e.Target == nil || !s.SightOf(id).Sees(e.Target)) {
 			continue
 		}
-		out = append(out, state(d, p.ID, e))
+		// A gRPC client asks for the services that it calls and no others.
+		if id.Role == lb.Proxyless && only == "" {
+			continue
+		}
+		out = append(out, state(d, p.ID, id.Role, e))
 	}
 	return out
 }
 
 // state says whether a proxy has confirmed the listener and the endpoints.
-func state(d *daemon.Daemon, id string, e *lb.Explanation) Carrier {
+func state(d *daemon.Daemon, id string, role lb.Role, e *lb.Explanation) Carrier {
 	c := Carrier{ID: id, State: "acked", Detail: "it has confirmed the listener and the endpoints"}
 	check := func(t envoy.Type, name string) {
 		held, _ := d.XDS.Holding(id, t)
@@ -124,7 +133,11 @@ func state(d *daemon.Daemon, id string, e *lb.Explanation) Carrier {
 		}
 	}
 	if e.Listener != nil {
-		check(envoy.Listener, *e.Listener)
+		first := envoy.Listener
+		if role == lb.Proxyless { // its listeners are named as it dials, its routes as everybody's
+			first = envoy.Route
+		}
+		check(first, *e.Listener)
 	}
 	for _, cluster := range slices.Compact(slices.Sorted(slices.Values(e.Clusters))) {
 		check(envoy.Endpoint, cluster)

@@ -64,11 +64,12 @@ func (d *Memory) Between(prev, next *lb.Snapshot) []events.Event {
 	if prev == nil || !prev.Catalog.Ready {
 		return nil // what was there before the start is no change
 	}
-	for _, s := range next.Order {
-		before := prev.Services.Get(s.Key)
-		switch before {
-		case s:
-		case nil:
+	keys := slices.SortedFunc(next.Services.Differs(prev.Services), lb.Key.Compare)
+	for _, key := range keys {
+		s, before := next.Services.Get(key), prev.Services.Get(key)
+		switch {
+		case s == nil: // told below
+		case before == nil:
 			out = append(out, events.Change(events.ServiceCreated, s.Key.Tenant, s.Key.Service, "", s.Domain+" is "+s.Address.String(), time.Time{}, 0))
 			out = append(out, d.moved(&lb.Service{}, s, next.Version)...)
 		default:
@@ -78,8 +79,8 @@ func (d *Memory) Between(prev, next *lb.Snapshot) []events.Event {
 			out = append(out, d.moved(before, s, next.Version)...)
 		}
 	}
-	for _, s := range prev.Order {
-		if next.Services.Get(s.Key) == nil {
+	for _, key := range keys {
+		if s := prev.Services.Get(key); next.Services.Get(key) == nil {
 			out = append(out, events.Change(events.ServiceDeleted, s.Key.Tenant, s.Key.Service, "", s.Domain+" was "+s.Address.String(), time.Time{}, 0))
 		}
 	}

@@ -75,6 +75,7 @@ type Daemon struct {
 	closing    atomic.Pointer[map[string]bool] // envoy.DrainNames whose connections are to be closed
 	builds     atomic.Pointer[[]built]         // ledger generations by Snapshot, oldest first
 	cleared    atomic.Uint64                   // generation up to which nobody has a quarantined address
+	leaving    atomic.Bool                     // Run is about to end
 	stopped    chan struct{}
 	xdsOn      []xds.Listener
 	rec        *reconciler // handed to the reconciler's goroutine by Run
@@ -238,6 +239,13 @@ func (d *Daemon) Run(ctx context.Context) error {
 	return err
 }
 
+// Leave has this Roost say that it is not ready any more, and take no more
+// proxies: Run's context is about to end.
+func (d *Daemon) Leave() {
+	d.leaving.Store(true)
+	d.XDS.Drain()
+}
+
 // Close lets go of what New opened; after Run, or instead of it.
 func (d *Daemon) Close() {
 	for _, l := range d.xdsOn {
@@ -275,7 +283,7 @@ func (d *Daemon) Release(ctx context.Context, source string) error {
 
 // admit completes the identity that a proxy claims.
 func (d *Daemon) admit(id lb.Identity) (lb.Identity, error) {
-	if id.Role != lb.Sidecar || id.Node != "" {
+	if !id.Beside() || id.Node != "" {
 		return id, nil
 	}
 	s := d.snapshot.Load()
@@ -290,7 +298,7 @@ func (d *Daemon) admit(id lb.Identity) (lb.Identity, error) {
 		}
 	}
 	if len(nodes) > 1 {
-		return id, fmt.Errorf("%d instances are called %s/%s/%s, on the nodes %v: start this sidecar as %s/%s/%s@NODE", len(nodes), id.Tenant, id.Service, id.Instance, nodes, id.Tenant, id.Service, id.Instance)
+		return id, fmt.Errorf("%d instances are called %s/%s/%s, on the nodes %v: start this one as %s/%s/%s@NODE", len(nodes), id.Tenant, id.Service, id.Instance, nodes, id.Tenant, id.Service, id.Instance)
 	}
 	return id, nil
 }

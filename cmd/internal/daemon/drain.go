@@ -180,10 +180,7 @@ func (d *drains) follow(ctx context.Context, s *lb.Snapshot) {
 // onTheirWay lists the endpoints that drain or have drained.
 func onTheirWay(s *lb.Snapshot) iter.Seq2[*lb.Service, *lb.Endpoint] {
 	return func(yield func(*lb.Service, *lb.Endpoint) bool) {
-		for _, svc := range s.Order {
-			if !svc.Draining {
-				continue
-			}
+		for _, svc := range s.Draining {
 			for _, e := range svc.Endpoints {
 				if e.Drain != lb.NotDraining && !yield(svc, e) {
 					return

@@ -95,6 +95,9 @@ type Waiting struct {
 // NotReady lists what is not ready; none is ready.
 func (d *Daemon) NotReady() []Waiting {
 	out := []Waiting{}
+	if d.leaving.Load() {
+		out = append(out, Waiting{"roost", "it is about to stop"})
+	}
 	s := d.snapshot.Load()
 	if s == nil {
 		return append(out, Waiting{"snapshot", "nothing has been built yet"})

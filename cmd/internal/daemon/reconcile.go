@@ -123,6 +123,7 @@ func (r *reconciler) run(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		case <-r.d.aggregator.Changed():
+			r.pace(ctx)
 		case <-r.d.files.Changed():
 		case <-r.replicasChanged():
 			// What waited for them may go on.
@@ -151,6 +152,25 @@ func (r *reconciler) run(ctx context.Context) error {
 			}
 		}
 		_ = r.build(ctx) // a Problem says so
+	}
+}
+
+// What streams cannot keep up with is built less often: a build for each change
+// would only be skipped by them.
+const (
+	pacePerStream = 20 * time.Microsecond
+	paceAtMost    = 10 * time.Millisecond
+)
+
+// pace waits a little while streams still wait for an earlier World.
+func (r *reconciler) pace(ctx context.Context) {
+	wait := min(time.Duration(r.d.XDS.Queued())*pacePerStream, paceAtMost)
+	if wait == 0 {
+		return
+	}
+	select {
+	case <-time.After(wait):
+	case <-ctx.Done():
 	}
 }
 

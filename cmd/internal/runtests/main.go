@@ -4,7 +4,7 @@
 //
 //	go run ./cmd/internal/runtests [go test arguments]
 //
-// Needs are read from $ROOST_REQUIRE: envoy, consul, netns.
+// Needs are read from $ROOST_REQUIRE: envoy, consul, grpcio, netns.
 package main
 
 import (
@@ -48,6 +48,11 @@ func fetch(ctx context.Context) error {
 	}
 	if binaries.Require("consul") {
 		if _, err := binaries.FindConsul(ctx, binaries.ConsulOptions{Talk: os.Stderr}); err != nil {
+			return err
+		}
+	}
+	if binaries.Require("grpcio") {
+		if _, err := binaries.FindGRPCIO(ctx, binaries.GRPCIOOptions{Talk: os.Stderr}); err != nil {
 			return err
 		}
 	}
