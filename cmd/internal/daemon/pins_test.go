@@ -193,3 +193,45 @@ func TestPinOfAnotherReplica(t *testing.T) {
 		t.Errorf("%d marks are left", n)
 	}
 }
+
+// TestPinBringsNothingBack: a pinned route that leads to another tenant's service
+// ends with that one's grant, and a Problem says so.
+func TestPinBringsNothingBack(t *testing.T) {
+	w := &pinWorld{world: quietWorld(t), key: oracleKeys[0]}
+	other := oracleKeys[len(oracleKeys)-1]
+	if other.Tenant == w.key.Tenant {
+		t.Fatal("both are of one tenant")
+	}
+	w.name = envoy.Name{Type: envoy.Route, Name: lb.RouteNameOf(w.key, 80)}
+	w.model.declared[w.key] = oracleBodies[1]
+	declare := func(regex, allow string, to ...lb.Key) {
+		w.model.declared[other] = `{"ports":[{"name":"a","port":80,"protocol":"http"}],"allow":[` + allow + `]}`
+		c := w.config()
+		r := &lb.RouteSpec{Name: "r", Tenant: w.key.Tenant, Match: lb.Match{PathRegex: regex}, Origin: "roost.yaml:9:9"}
+		for _, key := range to {
+			r.To = append(r.To, lb.Target{Service: key, Weight: 1})
+		}
+		c.Model.Routes = []*lb.RouteSpec{r}
+		w.d.config.Store(c)
+		w.r.setConfig(c)
+		w.build()
+	}
+	grant := `"` + w.key.Tenant + `"`
+	declare("/good", grant, w.key, other)
+	w.good = w.serves(w.name)
+	declare("/bad", grant, w.key)
+	w.bad = w.serves(w.name)
+	w.refuse(w.bad.Version, w.good, "node~h1", "node~h2")
+	w.expect("granted", w.good, 1)
+	if p := w.problem(); p.Object != "route r" || p.Place != "roost.yaml:9:9" {
+		t.Errorf("problem %+v", p)
+	}
+	declare("/bad", "", w.key)
+	w.expect("the grant is taken back", w.bad, 1)
+	w.refuse(w.bad.Version, w.good, "node~h1", "node~h2")
+	if p := w.problem(); p.Code != pins.CodeUnpinned || !strings.Contains(p.Message, "does not allow it any more") {
+		t.Errorf("problem %+v", p)
+	}
+	declare("/bad", grant, w.key)
+	w.expect("granted again", w.good, 1)
+}
