@@ -28,6 +28,9 @@ type Input struct {
 	// Drains are the instances to take out of service, by service and qualified
 	// name.
 	Drains map[Key]map[string]Drain
+	// Keep are versions of instances, in order, that have clusters although no
+	// route of Config may name them. It is looked at unless Same.
+	Keep map[Key][]string
 }
 
 // Build makes the next Snapshot. It is pure: the same input gives the same
@@ -77,7 +80,7 @@ func (b *build) all(prev *Snapshot) {
 		from = &Snapshot{}
 	}
 	services := from.Services.Edit()
-	versions := routedVersions(b.Config)
+	versions := routedVersions(b.Config, b.in.Keep)
 	exists := make(map[Key]bool, len(b.in.Services))
 	b.Order = make([]*Service, 0, len(b.in.Services))
 	for _, spec := range b.in.Services {
@@ -175,8 +178,11 @@ func (b *build) draining() {
 // sameNames tells whether services built under c look the same under o.
 func (c *Config) sameNames(o *Config) bool { return c == o || c.Domain == o.Domain && c.Node == o.Node }
 
-func routedVersions(c *Config) map[Key][]string {
+func routedVersions(c *Config, keep map[Key][]string) map[Key][]string {
 	out := map[Key][]string{}
+	for k, v := range keep {
+		out[k] = slices.Clone(v)
+	}
 	for _, r := range c.Routes {
 		for _, t := range r.To {
 			if t.Version != "" && !slices.Contains(out[t.Service], t.Version) {

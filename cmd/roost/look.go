@@ -250,9 +250,13 @@ func configVerb(o *options) *cobra.Command {
 			return err
 		}
 		return o.print(cmd, list, func(t *table) {
-			t.row("TYPE", "NAME", "INTENDED", "ACKED", "REJECTED", "ERROR")
+			t.row("TYPE", "NAME", "INTENDED", "ACKED", "PINNED", "REJECTED", "ERROR")
 			for _, h := range list.Items {
-				t.row(h.Type, h.Name, h.Intended, h.Acked, h.Rejected, h.Error)
+				pinned := ""
+				if h.Pinned != nil {
+					pinned = "instead of " + *h.Pinned
+				}
+				t.row(h.Type, h.Name, h.Intended, h.Acked, pinned, h.Rejected, h.Error)
 			}
 		})
 	}}

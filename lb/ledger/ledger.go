@@ -70,6 +70,7 @@ const (
 	MarkDrain   = "drain"   // Name is the qualified name of an instance
 	MarkRelease = "release" // Name is a source whose held instances are to go
 	MarkTTL     = "ttl"     // Name is what is kept for so many seconds
+	MarkPin     = "pin"     // Name is a version of a resource that proxies refuse
 )
 
 // Mark is a wish that outlives a restart and that every replica acts on.

@@ -92,7 +92,7 @@ func (v proxylessView) Get(n Name) *Resource {
 	if n.Name == proxyless.Absent {
 		return find(absent(), n)
 	}
-	s := v.world.services.Get(serviceOf(n.Name))
+	s := v.world.services.Get(ServiceOf(n.Name))
 	if s == nil {
 		return nil
 	}

@@ -84,6 +84,9 @@ type Resource struct {
 	// Refs are the resources that this one names: a cluster its endpoints, a
 	// listener its routes, clusters, extensions and secrets, a route its clusters.
 	Refs []Name
+	// InPlaceOf is the version that proxies refuse and that a Pin has put this one
+	// in the place of; empty for what was built.
+	InPlaceOf string
 }
 
 // View is what one proxy may hold of one World. It is immutable, cheap to make

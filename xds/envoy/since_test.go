@@ -23,6 +23,8 @@ type sinceWorld struct {
 	snapshot  *lb.Snapshot
 	listed    []*lb.ServiceSpec // of the last Snapshot
 	addressed map[lb.Key]lb.Addresses
+	keep      map[lb.Key][]string
+	kept      map[lb.Key][]string // of the last Snapshot
 }
 
 var sinceKeys = []lb.Key{{Tenant: "a", Service: "x"}, {Tenant: "a", Service: "y"}, {Tenant: "b", Service: "x"}, {Tenant: "b", Service: "z"}}
@@ -78,9 +80,9 @@ func (w *sinceWorld) build() *lb.Snapshot {
 	for _, key := range slices.SortedFunc(maps.Keys(w.specs), lb.Key.Compare) {
 		specs = append(specs, w.specs[key])
 	}
-	same := slices.Equal(specs, w.listed) && maps.Equal(w.addresses, w.addressed)
-	w.listed, w.addressed = specs, maps.Clone(w.addresses)
-	w.snapshot = lb.Build(w.snapshot, lb.Input{Config: w.config, Catalog: discovery.NewCatalog(list), Services: specs, Addresses: w.addressed, Same: same})
+	same := slices.Equal(specs, w.listed) && maps.Equal(w.addresses, w.addressed) && maps.EqualFunc(w.keep, w.kept, slices.Equal)
+	w.listed, w.addressed, w.kept = specs, maps.Clone(w.addresses), w.keep
+	w.snapshot = lb.Build(w.snapshot, lb.Input{Config: w.config, Catalog: discovery.NewCatalog(list), Services: specs, Addresses: w.addressed, Same: same, Keep: w.keep})
 	return w.snapshot
 }
 

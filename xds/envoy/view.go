@@ -118,7 +118,7 @@ func (v *view) Get(n Name) *Resource {
 		}
 		return nil
 	}
-	if s := v.world.services.Get(serviceOf(n.Name)); s != nil {
+	if s := v.world.services.Get(ServiceOf(n.Name)); s != nil {
 		return v.ofService(s, n)
 	}
 	return v.ofPublic(n)
@@ -131,8 +131,8 @@ func (v *view) knowsRule(name string) bool {
 	return s != nil && v.sight.Sees(s)
 }
 
-// serviceOf reads the service from a resource's name: SERVICE.TENANT:...
-func serviceOf(name string) lb.Key {
+// ServiceOf reads the service from a resource's name: SERVICE.TENANT:...
+func ServiceOf(name string) lb.Key {
 	head, _, _ := strings.Cut(name, ":")
 	service, tenant, _ := strings.Cut(head, ".")
 	return lb.Key{Tenant: tenant, Service: service}

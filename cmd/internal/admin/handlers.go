@@ -310,6 +310,9 @@ func (a *api) proxyConfig(_ context.Context, in *configInput) (*body[List[Held]]
 		}
 		for _, r := range held {
 			out := Held{Type: t.String(), Name: r.Name, Intended: optional(r.Intended), Sent: optional(r.Sent), Acked: optional(r.Acked), Rejected: optional(r.Rejected), Error: optional(r.Error)}
+			if r.Resource != nil && r.Intended != "" {
+				out.Pinned = optional(r.Resource.InPlaceOf)
+			}
 			if r.Resource != nil && t != envoy.Secret {
 				if data, err := r.Resource.JSON(); err == nil {
 					out.Resource = json.RawMessage(data)

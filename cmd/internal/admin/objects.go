@@ -271,6 +271,7 @@ type Held struct {
 	Type     string  `json:"type"`
 	Name     string  `json:"name"`
 	Intended *string `json:"intended" doc:"version that the proxy should have; null: none"`
+	Pinned   *string `json:"pinned" doc:"version that several proxies refuse, and that the intended one, the last good one, is in the place of"`
 	Sent     *string `json:"sent"`
 	Acked    *string `json:"acked" doc:"version that the proxy has confirmed"`
 	Rejected *string `json:"rejected"`

@@ -66,6 +66,8 @@ type Daemon struct {
 	static     *discovery.Static
 	files      *certs.Files
 	problems   *problemLog
+	refusals   *refusals
+	pinned     atomic.Pointer[pinState]
 	reloads    chan reload
 	commands   chan command
 	drainers   sync.WaitGroup // that Run waits for
@@ -91,7 +93,7 @@ type Daemon struct {
 // every socket. Nothing runs before Run; Close undoes New.
 func New(ctx context.Context, c *config.Config, log *slog.Logger) (*Daemon, error) {
 	d := &Daemon{
-		Registry: prometheus.NewRegistry(), log: log, start: c, problems: newProblemLog(),
+		Registry: prometheus.NewRegistry(), log: log, start: c, problems: newProblemLog(), refusals: newRefusals(),
 		reloads: make(chan reload), commands: make(chan command), stopped: make(chan struct{}),
 		files: certs.NewFiles(log, nil), outcomes: drain.NewOutcomes(), static: discovery.NewStatic(SourceConfig, c.Static),
 	}

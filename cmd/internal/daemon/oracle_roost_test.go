@@ -21,6 +21,7 @@ import (
 	"github.com/roostmesh/roost/discovery"
 	"github.com/roostmesh/roost/lb"
 	"github.com/roostmesh/roost/lb/ledger"
+	"github.com/roostmesh/roost/xds"
 	"github.com/roostmesh/roost/xds/envoy"
 )
 
@@ -107,9 +108,10 @@ type world struct {
 	backups   []string
 	catalog   *discovery.Catalog
 	instances []discovery.Instance
-	known     bool // a source has answered since the start
-	wiped     bool // Consul is empty
-	started   int  // instances so far
+	stands    map[envoy.Name][]xds.Stand // who refuses what
+	known     bool                       // a source has answered since the start
+	wiped     bool                       // Consul is empty
+	started   int                        // instances so far
 
 	quarantine, ttl time.Duration
 	model           model
@@ -197,7 +199,7 @@ func (w *world) start() {
 	log := slog.New(slog.DiscardHandler)
 	c := w.config()
 	w.d = &Daemon{
-		Events: events.New(clock, nil), log: log, start: c, problems: newProblemLog(), store: journal, ledger: l,
+		Events: events.New(clock, nil), log: log, start: c, problems: newProblemLog(), refusals: newRefusals(), store: journal, ledger: l,
 		commands: make(chan command), stopped: make(chan struct{}), outcomes: drain.NewOutcomes(),
 		files: certs.NewFiles(log, nil), static: discovery.NewStatic(SourceConfig, nil),
 	}
@@ -382,3 +384,6 @@ func (w *world) pass(d time.Duration) {
 
 // Publish implements proxies.
 func (w *world) Publish(envoy.World, envoy.Change) {}
+
+// Stands implements proxies: those of this world refuse nothing.
+func (w *world) Stands(...envoy.Name) map[envoy.Name][]xds.Stand { return w.stands }

@@ -12,9 +12,11 @@ import (
 
 	"github.com/roostmesh/roost/certs"
 	"github.com/roostmesh/roost/cmd/internal/events"
+	"github.com/roostmesh/roost/cmd/internal/pins"
 	"github.com/roostmesh/roost/discovery"
 	"github.com/roostmesh/roost/discovery/strict"
 	"github.com/roostmesh/roost/lb"
+	"github.com/roostmesh/roost/xds"
 	"github.com/roostmesh/roost/xds/envoy"
 )
 
@@ -56,6 +58,7 @@ func (d *Daemon) Problems() []lb.Problem {
 	}
 	all = append(all, d.XDS.Problems()...)
 	all = append(all, d.limits()...)
+	all = append(all, d.pinProblems()...)
 	all = append(all, d.DNS.Problems()...)
 	for _, p := range d.files.Problems() {
 		out := lb.Problem{Code: "certificate_invalid", Severity: discovery.SeverityError, Object: "certificate " + p.File.CertFile, Place: p.Origin, Message: p.Err.Error() + "; the last good one stays in use", Fix: "put a valid certificate and its key there; they are read again at once", Since: p.Since}
@@ -78,6 +81,9 @@ func (d *Daemon) Problems() []lb.Problem {
 
 func (d *Daemon) onReject(id string, name envoy.Name, version, message string) {
 	d.Events.Add(events.Fact(events.ProxyRejected, id, fmt.Sprintf("%s %s %s: %s", name.Type, name.Name, version, message)))
+	if pins.Pinnable(name.Type) && !xds.OfHost(name.Type, message) {
+		d.refusals.add(name)
+	}
 }
 
 // Waiting is a thing that is not ready, and why.

@@ -43,6 +43,8 @@ type reconciler struct {
 	// declared are the file's services by key, rebuilt with the config.
 	declared map[lb.Key]*lb.ServiceSpec
 	world    *envoy.Translation
+	overlaid *envoy.Pinned // world with what is pinned; what proxies are given
+	pins     *pinning
 	// What the last build found; it holds until dirty says that a service has
 	// come, gone or changed.
 	dirty     bool
@@ -101,12 +103,13 @@ func (r *reconciler) replicasChanged() <-chan struct{} {
 type proxies interface {
 	Publish(w envoy.World, c envoy.Change)
 	Holders(t envoy.Type, wanted func(name string) bool) []xds.Holder
+	Stands(names ...envoy.Name) map[envoy.Name][]xds.Stand
 	// Remember is for how long at least Holders names those that have gone.
 	Remember(d time.Duration)
 }
 
 func newReconciler(d *Daemon, now func() time.Time) *reconciler {
-	return &reconciler{d: d, now: now, put: map[lb.Key]*object{}, changes: changes.New(now), quarantine: newQuarantine(now), drains: newDrains(d, now), released: map[string]releasedAt{}}
+	return &reconciler{d: d, now: now, put: map[lb.Key]*object{}, changes: changes.New(now), quarantine: newQuarantine(now), drains: newDrains(d, now), released: map[string]releasedAt{}, pins: newPinning(d)}
 }
 
 // run reconciles whenever something has changed, until ctx ends.
@@ -125,6 +128,10 @@ func (r *reconciler) run(ctx context.Context) error {
 		case <-r.replicasChanged():
 			// What waited for them may go on.
 			if r.dirty = r.dirty || r.blocked; !r.dirty {
+				continue
+			}
+		case <-r.d.refusals.changed:
+			if !r.judge() {
 				continue
 			}
 		case c := <-r.d.reloads:
@@ -243,7 +250,8 @@ func (r *reconciler) build(ctx context.Context) error {
 	marks := r.d.ledger.Marks()
 	r.releaseHeld(marks)
 	drains := r.drains.phases(catalog, marks)
-	snapshot := lb.Build(prev, lb.Input{Config: r.model(), Catalog: catalog, Services: r.specs, Addresses: r.addressed, Same: r.built, HostAddresses: r.host, Drains: drains})
+	pinned := r.pins.load(marks)
+	snapshot := lb.Build(prev, lb.Input{Config: r.model(), Catalog: catalog, Services: r.specs, Addresses: r.addressed, Same: r.built, HostAddresses: r.host, Drains: drains, Keep: envoy.Keeps(pinned)})
 	r.built = true
 	snapshot.AddProblems(r.problems)
 	r.d.snapshot.Store(snapshot)
@@ -252,12 +260,14 @@ func (r *reconciler) build(ctx context.Context) error {
 	r.d.Events.Add(append(changes, r.changes.Between(prev, snapshot)...)...)
 	if catalog.Ready || r.served {
 		world := envoy.Translate(r.world, snapshot, r.d.files.Pairs())
-		r.proxies.Publish(world, world.Since(r.world))
+		overlaid := world.Pinned(pinned)
+		r.proxies.Publish(overlaid, overlaid.Since(r.overlaid))
 		if !r.served {
 			r.quarantine.serving()
 			r.publishFree()
 		}
-		r.world, r.served = world, true
+		r.pinsApplied(world, overlaid)
+		r.world, r.overlaid, r.served = world, overlaid, true
 		r.d.world.Store(world)
 	}
 	r.d.note(snapshot.Version)
@@ -277,8 +287,9 @@ func (r *reconciler) tick() bool {
 	}
 	due := r.free() || r.dirty
 	due = r.forgetAnswers() || due
+	due = r.judge() || due
 	marks := r.d.ledger.Marks()
-	for _, key := range append(r.drains.stale(r.catalog(), marks), r.spent(marks)...) {
+	for _, key := range append(r.drains.stale(r.catalog(), marks), append(r.spent(marks), r.unbuilt()...)...) {
 		r.stage(func(tx *ledger.Tx) { tx.DeleteMark(key) })
 		due = true
 	}

@@ -32,6 +32,8 @@ const (
 	SourceRecovered    = "source_recovered"
 	ConfigReloaded     = "config_reloaded"
 	ConfigRefused      = "config_refused"
+	ResourcePinned     = "resource_pinned"
+	ResourceUnpinned   = "resource_unpinned"
 )
 
 // Steps says when a change was seen, and how many seconds later it was built
