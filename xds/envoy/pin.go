@@ -143,15 +143,15 @@ func (t *Translation) Built(n Name, version string) *Resource {
 	if s := t.services.Get(ServiceOf(n.Name)); s != nil {
 		switch n.Type {
 		case Cluster:
-			lists = [][]*Resource{s.clusters, s.proxyless.clusters()}
+			lists = [][]*Resource{s.clusters, s.proxyless.clusters.get()}
 		case Listener:
-			lists = [][]*Resource{s.shapes.sidecar(), s.shapes.node(), s.shapes.dedicated(), s.proxyless.listeners()}
+			lists = [][]*Resource{s.shapes.sidecar.get(), s.shapes.node.get(), s.shapes.dedicated.get(), s.proxyless.listeners.get()}
 		case Route:
-			lists = [][]*Resource{s.routes.encoded(), s.proxyless.routes()}
+			lists = [][]*Resource{s.routes.encoded.get(), s.proxyless.routes.get()}
 		}
 	}
 	if p := t.public[n.Name]; p != nil {
-		lists = append(lists, p.encoded())
+		lists = append(lists, p.encoded.get())
 	}
 	for _, list := range lists {
 		if r := find(list, n); r != nil && r.Version == version {
@@ -297,9 +297,9 @@ func (v *pinnedView) kept(n Name) *Resource {
 func (v *pinnedView) childrenOf(s *serviceSet, t Type) []*Resource {
 	switch {
 	case v.proxyless && t == Cluster:
-		return s.proxyless.clusters()
+		return s.proxyless.clusters.get()
 	case v.proxyless:
-		return s.proxyless.endpoints()
+		return s.proxyless.endpoints.get()
 	case t == Cluster:
 		return s.clusters
 	}
