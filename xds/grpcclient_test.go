@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -127,6 +128,22 @@ func (c *grpcCaller) call() (string, error) {
 	return p.Addr.String(), nil
 }
 
+// met calls until each of some instances has answered: a client begins with the
+// first one that it has connected to.
+func (c *grpcCaller) met(servers ...string) *grpcCaller {
+	c.t.Helper()
+	for seen := map[string]bool{}; len(seen) < len(servers); {
+		who, err := c.call()
+		if err != nil {
+			c.t.Fatalf("a call failed: %v", err)
+		}
+		if slices.Contains(servers, who) {
+			seen[who] = true
+		}
+	}
+	return c
+}
+
 // spread makes n calls, none of which may fail, and counts who answered.
 func (c *grpcCaller) spread(n int) map[string]int {
 	c.t.Helper()
@@ -181,12 +198,12 @@ func TestGRPCClient(t *testing.T) {
 	m.publish(at("acme/shop", "1", a, 1), at("acme/shop", "2", b, 3))
 	dial := m.caller("grpc~acme~web~1@h1")
 	shop := dial("shop.acme")
-	got := shop.spread(400)
+	got := shop.met(a, b).spread(400)
 	if n := got[b]; n < 250 || n > 350 || got[a]+n != 400 {
 		t.Errorf("400 calls by weight 1 and 3: %v", got)
 	}
 	for _, target := range []string{"shop.acme:80", "shop.acme:grpc"} {
-		if got := dial(target).spread(20); got[a] == 0 || got[b] == 0 {
+		if got := dial(target).met(a, b).spread(20); got[a] == 0 || got[b] == 0 {
 			t.Errorf("%s: %v", target, got)
 		}
 	}

@@ -104,7 +104,7 @@ func TestGRPCTakesEveryForm(t *testing.T) {
 		{[]string{"x-to", "method"}, []string{b}},
 	} {
 		shop.ctx = metadata.AppendToOutgoingContext(ctx, c.headers...)
-		got := shop.spread(60)
+		got := shop.met(c.want...).spread(60)
 		for _, who := range []string{a, b} {
 			if slices.Contains(c.want, who) != (got[who] > 0) {
 				t.Errorf("%v: %v, want %v", c.headers, got, c.want)
@@ -114,7 +114,7 @@ func TestGRPCTakesEveryForm(t *testing.T) {
 	shop.ctx = metadata.AppendToOutgoingContext(ctx, "x-to", "ghost")
 	shop.fails(codes.Unavailable)
 	for _, policy := range []string{"ring_hash", "least_request", "random", "maglev"} {
-		got := dial(name4(policy) + ".acme").spread(300)
+		got := dial(name4(policy)+".acme").met(a, b).spread(300)
 		if n := got[a]; n < 150 || n > 250 || n+got[b] != 300 {
 			t.Errorf("%s: 300 calls by weight 2 and 1: %v", policy, got)
 		}
