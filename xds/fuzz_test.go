@@ -50,7 +50,7 @@ func newModel(t *rapid.T) *envoyModel {
 
 // get is what the client is to have of a name that it wants.
 func (m *envoyModel) get(n envoy.Name) *envoy.Resource {
-	if r := m.world.Get(n); r != nil || m.sotw || !m.named[envoy.Cluster][n.Name] {
+	if r := m.world.Get(n); r != nil || m.sotw || n.Type != envoy.VirtualHost && !m.named[envoy.Cluster][n.Name] {
 		return r
 	}
 	return envoy.Placeholder(n)
@@ -109,6 +109,10 @@ func (m *envoyModel) change() {
 	changed := map[envoy.Name]*envoy.Resource{}
 	for range rapid.IntRange(1, 4).Draw(m.t, "changes") {
 		n := m.name()
+		if n.Type == envoy.VirtualHost {
+			n.Type = envoy.Route
+			n.Name, _ = envoy.RouteOf(n.Name)
+		}
 		if rapid.IntRange(0, 3).Draw(m.t, "remove") == 0 {
 			changed[n] = nil
 			continue
@@ -130,7 +134,15 @@ func (m *envoyModel) change() {
 }
 
 func (m *envoyModel) name() envoy.Name {
-	return envoy.Name{Type: envoy.Type(rapid.IntRange(0, int(envoy.Types)-1).Draw(m.t, "type")), Name: rapid.SampledFrom(modelNames).Draw(m.t, "name")}
+	return modelName(envoy.Type(rapid.IntRange(0, int(envoy.Types)-1).Draw(m.t, "type")), rapid.SampledFrom(modelNames).Draw(m.t, "name"))
+}
+
+// modelName is a name of a type; a virtual host has one of a route's.
+func modelName(t envoy.Type, name string) envoy.Name {
+	if t == envoy.VirtualHost {
+		name += "/host"
+	}
+	return envoy.Name{Type: t, Name: name}
 }
 
 func (m *envoyModel) subscribe() {
@@ -286,7 +298,7 @@ func (m *envoyModel) check(r *response) {
 
 // checkMade checks make before break: new references lead to settled clusters.
 func (m *envoyModel) checkMade(res, old *envoy.Resource, refs []envoy.Name) {
-	if res.Type != envoy.Listener && res.Type != envoy.Route && res.Type != envoy.Extension {
+	if res.Type != envoy.Listener && !leads(res.Type) {
 		return
 	}
 	for _, ref := range refs {
@@ -420,7 +432,7 @@ func (m *envoyModel) all() iter.Seq[envoy.Name] {
 	return func(yield func(envoy.Name) bool) {
 		for t := range envoy.Types {
 			for _, name := range modelNames {
-				if !yield(envoy.Name{Type: t, Name: name}) {
+				if !yield(modelName(t, name)) {
 					return
 				}
 			}

@@ -123,6 +123,45 @@ var onDemandCases = []struct{ name, script string }{
 		> 1 cluster: x@none
 		resume endpoint x=1
 		> 2 endpoint: x@none`},
+	{"a virtual host changes with its route, and is never removed", `
+		world route/r@1
+		sub virtual_host r/a r/b q/a r
+		> 1 virtual_host: q/a@none r@1 r/a@1 r/b@1
+		ack 1
+		unsub virtual_host r/b r
+		world route/r@2
+		> 2 virtual_host: r/a@2
+		ack 2
+		world route/q@1
+		> 3 virtual_host: q/a@1
+		ack 3
+		world -route/r -route/q
+		> 4 virtual_host: q/a@none r/a@none
+		ack 4
+		views route/r@1
+		> 5 virtual_host: r/a@1
+		ack 5`},
+	{"a virtual host waits for its new cluster", `
+		world
+		sub cluster *
+		> 1 cluster:
+		ack 1
+		sub virtual_host r/a
+		> 2 virtual_host: r/a@none
+		ack 2
+		world cluster/c@1 route/r@1,cluster/c
+		> 3 cluster: c@1
+		ack 3
+		> 4 virtual_host: r/a@1
+		ack 4
+		world -cluster/c route/r@2
+		> 5 virtual_host: r/a@2
+		ack 5
+		> 6 cluster: -c`},
+	{"resume: virtual hosts", `
+		world route/r@1
+		resume virtual_host r/a=1 r/b=0 x/a=none
+		> 1 virtual_host: r/b@1`},
 }
 
 func TestOnDemand(t *testing.T) {

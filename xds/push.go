@@ -10,7 +10,7 @@ import (
 // pushOrder is the order in which changes are sent. Routes come early: one that
 // refers to something new waits for that anyway, and one that does not may say
 // why its cluster is about to have no endpoint.
-var pushOrder = [envoy.Types]envoy.Type{envoy.Secret, envoy.Route, envoy.Cluster, envoy.Endpoint, envoy.Extension, envoy.Listener}
+var pushOrder = [envoy.Types]envoy.Type{envoy.Secret, envoy.Route, envoy.VirtualHost, envoy.Cluster, envoy.Endpoint, envoy.Extension, envoy.Listener}
 
 // next makes the response that is to be sent now, or returns nil until a
 // request or a view changes that. Answers to subscriptions come first, then
@@ -255,7 +255,7 @@ func (ts *typeState) owe(name string, since uint64) {
 // waits says that a resource refers to a cluster that is new to this client and
 // not settled. References that the client's version has, too, never wait.
 func (s *state) waits(r *envoy.Resource) bool {
-	if r.Type != envoy.Listener && r.Type != envoy.Route && r.Type != envoy.Extension {
+	if r.Type != envoy.Listener && !leads(r.Type) {
 		return false
 	}
 	held := s.types[r.Type].held.get(r.Name.Name)
@@ -265,6 +265,11 @@ func (s *state) waits(r *envoy.Resource) bool {
 		}
 	}
 	return false
+}
+
+// leads says that resources of a type name clusters that requests go to.
+func leads(t envoy.Type) bool {
+	return t == envoy.Route || t == envoy.Extension || t == envoy.VirtualHost
 }
 
 // unsettled says that a resource is, or refers to, a cluster that the client is
@@ -385,7 +390,7 @@ func mayRefer(parent, child envoy.Type) bool {
 	switch parent {
 	case envoy.Listener:
 		return child != envoy.Listener
-	case envoy.Route, envoy.Extension:
+	case envoy.Route, envoy.Extension, envoy.VirtualHost:
 		return child == envoy.Cluster || child == envoy.Secret
 	case envoy.Cluster:
 		return child == envoy.Endpoint || child == envoy.Secret

@@ -152,6 +152,7 @@ func (s *state) update(view envoy.View, version uint64, changes ...envoy.Change)
 			s.mark(n.Type, n.Name, since)
 		}
 	}
+	s.markHosts(changes, since)
 }
 
 func (s *state) updateAll(since uint64) {
