@@ -125,10 +125,11 @@ var onDemandCases = []struct{ name, script string }{
 		> 2 endpoint: x@none`},
 	{"a virtual host changes with its route, and is never removed", `
 		world route/r@1
-		sub virtual_host r/a r/b q/a r
-		> 1 virtual_host: q/a@none r@1 r/a@1 r/b@1
+		sub virtual_host
+		sub virtual_host r/a r/b q/a
+		> 1 virtual_host: q/a@none r/a@1 r/b@1
 		ack 1
-		unsub virtual_host r/b r
+		unsub virtual_host r/b
 		world route/r@2
 		> 2 virtual_host: r/a@2
 		ack 2
