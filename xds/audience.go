@@ -81,6 +81,10 @@ func (a *audience) subscribe(st *stream, t envoy.Type, names []string, all bool)
 	if all {
 		a.wildcard[t] = a.wildcard[t].with(st.slot)
 	}
+	if t == envoy.VirtualHost { // from then on it looks at every change of routes
+		a.wildcard[t] = a.wildcard[t].with(st.slot)
+		return
+	}
 	if a.named[t] == nil {
 		a.named[t] = map[string]members{}
 	}
@@ -98,7 +102,7 @@ func (a *audience) subscribe(st *stream, t envoy.Type, names []string, all bool)
 
 // unsubscribe notes what a stream does not ask for any more.
 func (a *audience) unsubscribe(st *stream, t envoy.Type, names []string) {
-	if len(names) == 0 {
+	if len(names) == 0 || t == envoy.VirtualHost {
 		return
 	}
 	a.mu.Lock()
@@ -135,6 +139,9 @@ func (a *audience) of(names []envoy.Name) (out []*stream) {
 		if !whole[n.Type] {
 			whole[n.Type] = true
 			all.add(a.wildcard[n.Type])
+			if n.Type == envoy.Route {
+				all.add(a.wildcard[envoy.VirtualHost])
+			}
 		}
 		all.add(a.named[n.Type][n.Name])
 	}

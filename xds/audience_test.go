@@ -161,3 +161,26 @@ func TestConcerned(t *testing.T) {
 		}
 	}
 }
+
+// TestAudienceOfRoutes: who asks for a virtual host is concerned by routes, however
+// it says so.
+func TestAudienceOfRoutes(t *testing.T) {
+	var a audience
+	st := &stream{}
+	a.join(st)
+	concerned := func() bool {
+		return len(a.of([]envoy.Name{{Type: envoy.Route, Name: "r"}})) == 1
+	}
+	if concerned() {
+		t.Error("a stream is concerned before it has asked for anything")
+	}
+	a.subscribe(st, envoy.VirtualHost, []string{"r/a", "r/b"}, false)
+	a.unsubscribe(st, envoy.VirtualHost, []string{"r/a", wildcardName})
+	if !concerned() {
+		t.Error("a stream with a virtual host is not concerned by its route")
+	}
+	a.leave(st, func(envoy.Type) []string { return nil })
+	if concerned() {
+		t.Error("a stream that has left is concerned")
+	}
+}

@@ -27,7 +27,7 @@ var stateCases = []struct{ name, script string }{
 		sub cluster *
 		> 1 cluster: a@1
 		sub cluster a x
-		> 2 cluster: a@1 -x
+		> 2 cluster: a@1 x@none
 		ack 1
 		ack 2
 		world cluster/x@1
@@ -399,7 +399,7 @@ var stateCases = []struct{ name, script string }{
 		> 1 cluster: a@1
 		world -cluster/a
 		ack 1
-		> 2 cluster: -a
+		> 2 cluster: a@none
 		world cluster/a@1
 		ack 2
 		> 3 cluster: a@1

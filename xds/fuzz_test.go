@@ -3,6 +3,7 @@ package xds
 import (
 	"fmt"
 	"hash/fnv"
+	"iter"
 	"maps"
 	"math/rand/v2"
 	"slices"
@@ -23,6 +24,7 @@ type envoyModel struct {
 	t       *rapid.T
 	s       *state
 	world   fakeWorld
+	sotw    bool // as a client of the state of the world: without placeholders
 	wild    [envoy.Types]bool
 	started [envoy.Types]bool
 	named   [envoy.Types]map[string]bool
@@ -38,10 +40,29 @@ func newModel(t *rapid.T) *envoyModel {
 	m := &envoyModel{t: t, held: map[envoy.Name]*envoy.Resource{}, refused: map[envoy.Name]*envoy.Resource{}}
 	m.world, _ = fakeWorld{}.with(nil)
 	m.s = newState(m.world, m.world.version, nil)
+	m.sotw = rapid.Bool().Draw(t, "sotw")
+	m.s.sotw = m.sotw
 	for ty := range envoy.Types {
 		m.named[ty], m.asked[ty] = map[string]bool{}, map[string]bool{}
 	}
 	return m
+}
+
+// get is what the client is to have of a name that it wants.
+func (m *envoyModel) get(n envoy.Name) *envoy.Resource {
+	if r := m.world.Get(n); r != nil || m.sotw || n.Type != envoy.VirtualHost && !m.named[envoy.Cluster][n.Name] {
+		return r
+	}
+	return envoy.Placeholder(n)
+}
+
+// forgive ends the refusals of versions that are no more.
+func (m *envoyModel) forgive() {
+	for n, r := range m.refused {
+		if now := m.get(n); now == nil || now.Version != r.Version {
+			delete(m.refused, n)
+		}
+	}
 }
 
 func (m *envoyModel) wants(n envoy.Name) bool { return m.wild[n.Type] || m.named[n.Type][n.Name] }
@@ -88,6 +109,10 @@ func (m *envoyModel) change() {
 	changed := map[envoy.Name]*envoy.Resource{}
 	for range rapid.IntRange(1, 4).Draw(m.t, "changes") {
 		n := m.name()
+		if n.Type == envoy.VirtualHost {
+			n.Type = envoy.Route
+			n.Name, _ = envoy.RouteOf(n.Name)
+		}
 		if rapid.IntRange(0, 3).Draw(m.t, "remove") == 0 {
 			changed[n] = nil
 			continue
@@ -99,21 +124,25 @@ func (m *envoyModel) change() {
 		changed[n] = r
 	}
 	w, c := m.world.with(changed)
-	for n, r := range m.refused {
-		if now := w.Get(n); now == nil || now.Version != r.Version {
-			delete(m.refused, n)
-		}
-	}
 	if rapid.Bool().Draw(m.t, "views") {
 		c = envoy.Change{Views: true}
 	}
 	m.world = w
+	m.forgive()
 	m.t.Logf("world %d: %v views %v", w.version, changed, c.Views)
 	m.s.update(w, w.version, c)
 }
 
 func (m *envoyModel) name() envoy.Name {
-	return envoy.Name{Type: envoy.Type(rapid.IntRange(0, int(envoy.Types)-1).Draw(m.t, "type")), Name: rapid.SampledFrom(modelNames).Draw(m.t, "name")}
+	return modelName(envoy.Type(rapid.IntRange(0, int(envoy.Types)-1).Draw(m.t, "type")), rapid.SampledFrom(modelNames).Draw(m.t, "name"))
+}
+
+// modelName is a name of a type; a virtual host has one of a route's.
+func modelName(t envoy.Type, name string) envoy.Name {
+	if t == envoy.VirtualHost {
+		name += "/host"
+	}
+	return envoy.Name{Type: t, Name: name}
 }
 
 func (m *envoyModel) subscribe() {
@@ -142,6 +171,7 @@ func (m *envoyModel) subscribe() {
 		m.wild[n.Type] = n.Type.Wildcard()
 	}
 	m.started[n.Type] = true
+	m.forgive()
 	for h := range m.held {
 		if !m.wants(h) {
 			delete(m.held, h)
@@ -165,6 +195,7 @@ func (m *envoyModel) reconnect() {
 		}
 	}
 	m.s = newState(m.world, m.world.version, m.s)
+	m.s.sotw = m.sotw
 	for t := range envoy.Types {
 		m.inbox[t], m.asked[t] = nil, map[string]bool{}
 		if !m.started[t] {
@@ -250,10 +281,13 @@ func (m *envoyModel) check(r *response) {
 			m.t.Fatalf("%s %s: removed while a response is in flight", r.Type, name)
 		}
 		n := envoy.Name{Type: r.Type, Name: name}
+		if m.get(n) != nil && m.refused[n] == nil {
+			m.t.Fatalf("%v: removed, but the client is to have it", n)
+		}
 		if m.held[n] == nil || slices.ContainsFunc(m.inbox[n.Type], func(o *response) bool { return slices.Contains(o.removed, name) }) {
 			continue
 		}
-		if m.world.Get(n) != nil {
+		if m.get(n) != nil {
 			m.t.Fatalf("%v: removed, but it exists", n)
 		}
 		if p := m.parent(n); p != nil {
@@ -264,19 +298,21 @@ func (m *envoyModel) check(r *response) {
 
 // checkMade checks make before break: new references lead to settled clusters.
 func (m *envoyModel) checkMade(res, old *envoy.Resource, refs []envoy.Name) {
-	if res.Type != envoy.Listener && res.Type != envoy.Route && res.Type != envoy.Extension {
+	if res.Type != envoy.Listener && !leads(res.Type) {
 		return
 	}
 	for _, ref := range refs {
 		if old != nil && slices.Contains(old.Refs, ref) {
 			continue
 		}
-		to := m.world.Get(ref)
+		to := m.get(ref)
 		switch {
 		case to == nil:
 		case ref.Type == envoy.Cluster:
 			f := m.refused[ref]
-			if m.wants(ref) && m.held[ref] == nil && (f == nil || f.Version != to.Version) {
+			held := m.held[ref]
+			settled := held != nil && (!isStandIn(held) || isStandIn(to))
+			if m.wants(ref) && !settled && (f == nil || f.Version != to.Version) {
 				m.t.Fatalf("%v@%s: sent before the new %v is settled", res.Name, res.Version, ref)
 			}
 		case ref.Type == envoy.Route || ref.Type == envoy.Extension:
@@ -331,7 +367,7 @@ func (m *envoyModel) process(t envoy.Type, quiet bool) {
 	for _, res := range r.resources {
 		switch refused := bad(res) != "" && (!unnamed || len(r.resources) == 1); {
 		case refused:
-			if now := m.world.Get(res.Name); now != nil && now.Version == res.Version && m.wants(res.Name) && !quiet {
+			if now := m.get(res.Name); now != nil && now.Version == res.Version && m.wants(res.Name) && !quiet {
 				m.refused[res.Name] = res
 			}
 		case q.ErrorDetail == nil, !unnamed && t.Wildcard():
@@ -373,20 +409,33 @@ func (m *envoyModel) settle() {
 	if p := m.s.progress(); p.pushed != m.world.version || p.acked != m.world.version {
 		m.t.Fatalf("progress %v at rest, want %d", p, m.world.version)
 	}
-	for n := range m.world.resources {
-		want, got, f := m.world.Get(n), m.held[n], m.refused[n]
-		if m.started[n.Type] && m.wants(n) && (got == nil || got.Version != want.Version) && (f == nil || f.Version != want.Version) {
+	for n := range m.all() {
+		want, got, f := m.get(n), m.held[n], m.refused[n]
+		if want != nil && m.started[n.Type] && m.wants(n) && (got == nil || got.Version != want.Version) && (f == nil || f.Version != want.Version) {
 			m.t.Fatalf("%v: client has %v, want %s", n, got, want.Version)
 		}
 	}
 	for n := range m.held {
-		if m.world.Get(n) == nil && m.parent(n) == nil && !m.unknownParent(n) {
+		if m.get(n) == nil && m.parent(n) == nil && !m.unknownParent(n) {
 			m.t.Fatalf("%v: client keeps it, but it is gone and nothing refers to it", n)
 		}
 	}
 	for t := range envoy.Types {
 		if c := m.s.count(t); m.started[t] && (c.Sent != c.Acked+c.Rejected || c.Acked < 0) {
 			m.t.Fatalf("%s: %+v at rest", t, c)
+		}
+	}
+}
+
+// all lists every name there may be.
+func (m *envoyModel) all() iter.Seq[envoy.Name] {
+	return func(yield func(envoy.Name) bool) {
+		for t := range envoy.Types {
+			for _, name := range modelNames {
+				if !yield(modelName(t, name)) {
+					return
+				}
+			}
 		}
 	}
 }

@@ -10,7 +10,7 @@ import (
 // pushOrder is the order in which changes are sent. Routes come early: one that
 // refers to something new waits for that anyway, and one that does not may say
 // why its cluster is about to have no endpoint.
-var pushOrder = [envoy.Types]envoy.Type{envoy.Secret, envoy.Route, envoy.Cluster, envoy.Endpoint, envoy.Extension, envoy.Listener}
+var pushOrder = [envoy.Types]envoy.Type{envoy.Secret, envoy.Route, envoy.VirtualHost, envoy.Cluster, envoy.Endpoint, envoy.Extension, envoy.Listener}
 
 // next makes the response that is to be sent now, or returns nil until a
 // request or a view changes that. Answers to subscriptions come first, then
@@ -83,7 +83,7 @@ func (s *state) answer(t envoy.Type) *response {
 // or is getting.
 func (s *state) sendable(t envoy.Type, name string) (sendable *envoy.Resource, current bool) {
 	ts := &s.types[t]
-	r := s.view.Get(envoy.Name{Type: t, Name: name})
+	r := s.get(envoy.Name{Type: t, Name: name})
 	if r != nil && !ts.refuses(r) {
 		return r, true
 	}
@@ -98,7 +98,7 @@ func (s *state) sendable(t envoy.Type, name string) (sendable *envoy.Resource, c
 
 // current says that this is the view's version of the resource.
 func (s *state) current(r *envoy.Resource) bool {
-	now := s.view.Get(r.Name)
+	now := s.get(r.Name)
 	return now != nil && now.Version == r.Version
 }
 
@@ -166,7 +166,7 @@ func (s *state) due(t envoy.Type) (ready []*envoy.Resource, blocked bool) {
 	ts := &s.types[t]
 	size := 0
 	for name := range ts.dirty.m {
-		if size > maxResponse && !s.unsplit {
+		if size > maxResponse && !s.sotw {
 			break
 		}
 		r, done := s.owes(t, name)
@@ -194,7 +194,7 @@ func (s *state) owes(t envoy.Type, name string) (r *envoy.Resource, done bool) {
 	}
 	last := ts.last(name)
 	forced := ts.again.has(name)
-	r = s.view.Get(envoy.Name{Type: t, Name: name})
+	r = s.get(envoy.Name{Type: t, Name: name})
 	if r == nil {
 		return nil, last == nil
 	}
@@ -221,7 +221,7 @@ func (s *state) isolate(t envoy.Type) *response {
 	}
 	for _, name := range slices.Sorted(maps.Keys(ts.suspects.m)) {
 		sus := ts.suspects.get(name)
-		r := s.view.Get(envoy.Name{Type: t, Name: name})
+		r := s.get(envoy.Name{Type: t, Name: name})
 		if r != nil && s.waits(r) {
 			continue
 		}
@@ -255,7 +255,7 @@ func (ts *typeState) owe(name string, since uint64) {
 // waits says that a resource refers to a cluster that is new to this client and
 // not settled. References that the client's version has, too, never wait.
 func (s *state) waits(r *envoy.Resource) bool {
-	if r.Type != envoy.Listener && r.Type != envoy.Route && r.Type != envoy.Extension {
+	if r.Type != envoy.Listener && !leads(r.Type) {
 		return false
 	}
 	held := s.types[r.Type].held.get(r.Name.Name)
@@ -267,23 +267,29 @@ func (s *state) waits(r *envoy.Resource) bool {
 	return false
 }
 
+// leads says that resources of a type name clusters that requests go to.
+func leads(t envoy.Type) bool {
+	return t == envoy.Route || t == envoy.Extension || t == envoy.VirtualHost
+}
+
 // unsettled says that a resource is, or refers to, a cluster that the client is
 // to get and has neither ACKed nor NACKed.
 func (s *state) unsettled(n envoy.Name, from envoy.Type) bool {
 	switch n.Type {
 	case envoy.Cluster:
 		ts := &s.types[envoy.Cluster]
-		if ts.held.get(n.Name) != nil || !s.wants(envoy.Cluster, n.Name) {
+		held := ts.held.get(n.Name)
+		if held != nil && !isStandIn(held) || !s.wants(envoy.Cluster, n.Name) {
 			return false
 		}
-		r := s.view.Get(n)
-		if r == nil {
+		r := s.get(n)
+		if r == nil || held != nil && isStandIn(r) {
 			return false
 		}
 		f := ts.refused.get(n.Name)
 		return f == nil || f.version != r.Version
 	case envoy.Route, envoy.Extension:
-		r := s.view.Get(n)
+		r := s.get(n)
 		if r == nil || from != envoy.Listener {
 			return false
 		}
@@ -384,7 +390,7 @@ func mayRefer(parent, child envoy.Type) bool {
 	switch parent {
 	case envoy.Listener:
 		return child != envoy.Listener
-	case envoy.Route, envoy.Extension:
+	case envoy.Route, envoy.Extension, envoy.VirtualHost:
 		return child == envoy.Cluster || child == envoy.Secret
 	case envoy.Cluster:
 		return child == envoy.Endpoint || child == envoy.Secret
@@ -401,7 +407,7 @@ type batch struct {
 	unsplit   bool // of any size
 }
 
-func (s *state) batch() batch { return batch{since: s.version, unsplit: s.unsplit} }
+func (s *state) batch() batch { return batch{since: s.version, unsplit: s.sotw} }
 
 // add takes a resource in unless the response would become too large.
 func (b *batch) add(r *envoy.Resource) bool {

@@ -58,6 +58,7 @@ func whole(t envoy.Type) bool { return t.Wildcard() }
 // one makes it no answer, but what it names counts: the client says all of it each
 // time.
 func (w *sotw) delta(s *state, t envoy.Type) *request {
+	s.sotw = true
 	ts, q := &w.types[t], w.q
 	names := map[string]struct{}{}
 	for _, n := range q.GetResourceNames() {
@@ -87,7 +88,6 @@ func (w *sotw) delta(s *state, t envoy.Type) *request {
 
 // next makes the response that is to be sent now, or returns nil.
 func (w *sotw) next(s *state) outgoing {
-	s.unsplit = true
 	for {
 		r := s.next()
 		switch {

@@ -34,9 +34,10 @@ type state struct {
 	unpruned bool
 	taken    taken // by the last request
 	sets     *sets // shared with other streams
-	// unsplit has responses be as large as they get: a client of the state of the
-	// world removes what is not in them.
-	unsplit bool
+	// sotw says that the client speaks the state of the world. Responses are as
+	// large as they get, as it removes what is not in them, and it is told what
+	// there is not: see standIn.
+	sotw bool
 }
 
 // taken are the clusters whose endpoints a request ACKed, as the World of a
@@ -120,7 +121,11 @@ func newState(view envoy.View, version uint64, past *state) *state {
 		ts, was := &s.types[t], &past.types[t]
 		ts.earlier = past.mayHave(t)
 		for name, r := range was.refused.m {
-			if now := view.Get(envoy.Name{Type: t, Name: name}); now != nil && now.Version == r.version {
+			now := view.Get(envoy.Name{Type: t, Name: name})
+			if now == nil {
+				now = past.standIn(envoy.Name{Type: t, Name: name})
+			}
+			if now != nil && now.Version == r.version {
 				ts.refused.set(name, &refusal{version: r.version, message: r.message, since: r.since, retry: retryable(t, r.message)})
 				ts.lastError = r.message
 			}
@@ -147,6 +152,7 @@ func (s *state) update(view envoy.View, version uint64, changes ...envoy.Change)
 			s.mark(n.Type, n.Name, since)
 		}
 	}
+	s.markHosts(changes, since)
 }
 
 func (s *state) updateAll(since uint64) {
@@ -165,7 +171,7 @@ func (s *state) mark(t envoy.Type, name string, since uint64) {
 	if !wanted && !ts.refused.has(name) {
 		return
 	}
-	s.compare(t, name, s.view.Get(envoy.Name{Type: t, Name: name}), wanted, since)
+	s.compare(t, name, s.get(envoy.Name{Type: t, Name: name}), wanted, since)
 }
 
 // compare marks a resource, which the view has as r, where it differs from what

@@ -23,10 +23,27 @@ type fakeWorld struct {
 	resources map[envoy.Name]*envoy.Resource
 }
 
-func (w fakeWorld) Version() uint64                  { return w.version }
-func (w fakeWorld) View(envoy.Proxy) envoy.View      { return w }
-func (w fakeWorld) Get(n envoy.Name) *envoy.Resource { return w.resources[n] }
-func (w fakeWorld) Limited() bool                    { return false }
+func (w fakeWorld) Version() uint64             { return w.version }
+func (w fakeWorld) View(envoy.Proxy) envoy.View { return w }
+func (w fakeWorld) Limited() bool               { return false }
+
+// Get finds a resource. A route whose content is made up has all hosts, with the
+// route's versions.
+func (w fakeWorld) Get(n envoy.Name) *envoy.Resource {
+	if n.Type != envoy.VirtualHost {
+		return w.resources[n]
+	}
+	name, _ := envoy.RouteOf(n.Name)
+	route := w.resources[envoy.Name{Type: envoy.Route, Name: name}]
+	if route == nil {
+		return nil
+	}
+	if _, err := route.Message(); err == nil {
+		return envoy.NewHosts(route).Get(n)
+	}
+	return &envoy.Resource{Name: n, Version: route.Version, Body: route.Body, Refs: route.Refs}
+}
+
 func (w fakeWorld) All(t envoy.Type) iter.Seq[*envoy.Resource] {
 	return func(yield func(*envoy.Resource) bool) {
 		for _, n := range slices.SortedFunc(maps.Keys(w.resources), func(a, b envoy.Name) int { return strings.Compare(a.Name, b.Name) }) {

@@ -240,7 +240,7 @@ func (s *state) refusedNow(t envoy.Type, name string, f *refusal) bool {
 	if !s.wants(t, name) {
 		return false
 	}
-	r := s.view.Get(envoy.Name{Type: t, Name: name})
+	r := s.get(envoy.Name{Type: t, Name: name})
 	return r != nil && r.Version == f.version
 }
 
@@ -258,7 +258,7 @@ func (s *state) rejected(t envoy.Type) (all []Rejected) {
 func (s *state) holding(t envoy.Type) (all []Held) {
 	ts := &s.types[t]
 	for _, name := range s.names(t) {
-		intended := s.view.Get(envoy.Name{Type: t, Name: name})
+		intended := s.get(envoy.Name{Type: t, Name: name})
 		if !s.wants(t, name) {
 			intended = nil
 		}

@@ -116,11 +116,13 @@ func (s *state) whole(t envoy.Type, subscribe []string, versions []holding) *hol
 // resume finds a version that the client has from an earlier stream.
 func (s *state) resume(t envoy.Type, v holding, named bool) *envoy.Resource {
 	ts := &s.types[t]
-	r := s.recall(t, v.name, v.version)
 	if named && t.Wildcard() {
-		ts.named.set(r.Name.Name, struct{}{})
+		name := strings.Clone(v.name)
+		ts.named.set(name, struct{}{})
+		s.renamed(t, name)
 	}
-	if now := s.view.Get(r.Name); now != r || ts.again.has(v.name) {
+	r := s.recall(t, v.name, v.version)
+	if now := s.get(r.Name); now == nil || now.Version != r.Version || ts.again.has(v.name) {
 		ts.dirty.set(r.Name.Name, s.version)
 	}
 	return r
@@ -129,7 +131,7 @@ func (s *state) resume(t envoy.Type, v holding, named bool) *envoy.Resource {
 // recall finds the content of a version that the client says it has.
 func (s *state) recall(t envoy.Type, name, version string) *envoy.Resource {
 	n := envoy.Name{Type: t, Name: name}
-	if r := s.view.Get(n); r != nil && r.Version == version {
+	if r := s.get(n); r != nil && r.Version == version {
 		return r
 	}
 	if r := s.types[t].earlier.get(name); r != nil && r.Version == version {
@@ -172,6 +174,7 @@ func (s *state) subscribe(t envoy.Type, name string) {
 		name = strings.Clone(name) // a request's shares the memory of all of it
 		if !s.named(t, name) {
 			ts.named.set(name, struct{}{})
+			s.renamed(t, name)
 		}
 		ts.answers.set(name, s.version)
 	case t.Wildcard():
@@ -216,6 +219,7 @@ func (s *state) unsubscribe(t envoy.Type, name string) {
 		return
 	}
 	ts.named.del(name)
+	s.renamed(t, name)
 	if ts.wildcard {
 		ts.answers.set(name, s.version)
 		return

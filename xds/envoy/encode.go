@@ -29,7 +29,11 @@ var deterministic = proto.MarshalOptions{Deterministic: true}
 func encode(t Type, name string, m proto.Message, refs ...Name) *Resource {
 	content := pack(m)
 	sum := sha256.Sum256(content.Value)
-	version := hex.EncodeToString(sum[:])[:versionLength]
+	return encodeAs(hex.EncodeToString(sum[:])[:versionLength], t, name, content, refs...)
+}
+
+// encodeAs makes a Resource of a version.
+func encodeAs(version string, t Type, name string, content *anypb.Any, refs ...Name) *Resource {
 	body := must(deterministic.Marshal(&discoveryv3.Resource{Name: name, Version: version, Resource: content}))
 	return &Resource{Name: Name{t, name}, Version: version, Body: body, Refs: refs}
 }

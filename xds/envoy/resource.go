@@ -19,6 +19,7 @@ const (
 	Extension
 	Listener
 	Route
+	VirtualHost // of a Route, asked for by ROUTE/HOST
 
 	// Types is how many there are; arrays of per-type state have this length.
 	Types
@@ -31,15 +32,17 @@ var typeURLs = [Types]string{
 	Extension: "type.googleapis.com/envoy.config.core.v3.TypedExtensionConfig",
 	Listener:  "type.googleapis.com/envoy.config.listener.v3.Listener",
 	Route:     "type.googleapis.com/envoy.config.route.v3.RouteConfiguration",
+
+	VirtualHost: "type.googleapis.com/envoy.config.route.v3.VirtualHost",
 }
 
-var typeNames = [Types]string{Secret: "secret", Cluster: "cluster", Endpoint: "endpoint", Extension: "extension", Listener: "listener", Route: "route"}
+var typeNames = [Types]string{Secret: "secret", Cluster: "cluster", Endpoint: "endpoint", Extension: "extension", Listener: "listener", Route: "route", VirtualHost: "virtual_host"}
 
 // URL is the type URL on the wire.
 func (t Type) URL() string { return typeURLs[t] }
 
 // String is the word that the admin API and the CLI use: cluster, endpoint,
-// extension, listener, route or secret.
+// extension, listener, route, secret or virtual_host.
 func (t Type) String() string { return typeNames[t] }
 
 // TypeOf finds the type of a type URL.
@@ -82,7 +85,8 @@ type Resource struct {
 	// and the resource itself in an Any): one element of a DeltaDiscoveryResponse.
 	Body []byte
 	// Refs are the resources that this one names: a cluster its endpoints, a
-	// listener its routes, clusters, extensions and secrets, a route its clusters.
+	// listener its routes, clusters, extensions and secrets, a route or a virtual
+	// host its clusters.
 	Refs []Name
 	// InPlaceOf is the version that proxies refuse and that a Pin has put this one
 	// in the place of; empty for what was built.
@@ -106,7 +110,8 @@ type View interface {
 type Change struct {
 	// Names are the resources that were added, changed or removed, or that other
 	// proxies may hold than before, by type and name; proxies whose view has none
-	// of them before or after need not look.
+	// of them before or after need not look. A route stands for its virtual hosts,
+	// too.
 	Names []Name
 	// Views says that more may have changed than there are Names for, so that
 	// every proxy compares its whole view.

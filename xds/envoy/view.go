@@ -106,6 +106,9 @@ func (v *view) Get(n Name) *Resource {
 	if n.Type == Listener && v.cutOff()[n.Name] {
 		return nil
 	}
+	if n.Type == VirtualHost {
+		return v.host(n)
+	}
 	if n.Type == Extension {
 		if v.id.Role != lb.Node || !v.knowsRule(n.Name) {
 			return nil

@@ -58,6 +58,7 @@ type shapes struct {
 type routeSet struct {
 	reasons []string // of the mesh routes, then of the service itself
 	encoded *lazy
+	hosts   func() map[string]*Hosts
 }
 
 // publicSet is every resource of one public listener.
@@ -67,6 +68,7 @@ type publicSet struct {
 	reasons  []string // of the routes
 	secrets  []secret
 	encoded  *lazy // the listener first where it can be served, its routes, its secrets
+	hosts    func() map[string]*Hosts
 }
 
 // callersCache keeps the rules of each node; they are made on demand.
@@ -245,12 +247,14 @@ func newShapes(c *lb.Config, s *lb.Service) *shapes {
 }
 
 func newRouteSet(s *lb.Service, mesh []*lb.Route, reasons []string) *routeSet {
-	return &routeSet{reasons: reasons, encoded: eachPort(s, func(p *lb.Port) *Resource {
+	out := &routeSet{reasons: reasons, encoded: eachPort(s, func(p *lb.Port) *Resource {
 		if !lb.IsHTTP(p.Protocol) {
 			return nil
 		}
 		return serviceRoutes(s, p, mesh, reasons)
 	})}
+	out.hosts = hostsOf(out.encoded.get)
+	return out
 }
 
 // bound is a service port's listener, or nil for a service that the full pool
@@ -271,7 +275,7 @@ func newPublicSet(prev *Translation, s *lb.Snapshot, l *lb.Listener, secrets []s
 			return before
 		}
 	}
-	return &publicSet{listener: l, routes: routes, reasons: reasons, secrets: secrets, encoded: onDemand(func() []*Resource {
+	set := &publicSet{listener: l, routes: routes, reasons: reasons, secrets: secrets, encoded: onDemand(func() []*Resource {
 		var out []*Resource
 		if r := public(s.Config, l, secrets); r != nil {
 			out = append(out, r)
@@ -284,6 +288,8 @@ func newPublicSet(prev *Translation, s *lb.Snapshot, l *lb.Listener, secrets []s
 		}
 		return out
 	})}
+	set.hosts = hostsOf(set.encoded.get)
+	return set
 }
 
 func newCallersCache(prev *Translation, c *lb.Callers) *callersCache {

@@ -290,15 +290,15 @@ func unescape(s string) string {
 
 type configInput struct {
 	ProxyID
-	Type string `query:"type" doc:"cluster endpoint listener route secret extension; default all"`
+	Type string `query:"type" doc:"cluster endpoint listener route secret extension virtual_host; default all"`
 }
 
 func (a *api) proxyConfig(_ context.Context, in *configInput) (*body[List[Held]], error) {
-	types := []envoy.Type{envoy.Cluster, envoy.Endpoint, envoy.Listener, envoy.Route, envoy.Secret, envoy.Extension}
+	types := []envoy.Type{envoy.Cluster, envoy.Endpoint, envoy.Listener, envoy.Route, envoy.Secret, envoy.Extension, envoy.VirtualHost}
 	if in.Type != "" {
 		t, ok := envoy.TypeNamed(in.Type)
 		if !ok {
-			return nil, huma.Error400BadRequest("type " + in.Type + " is none of cluster, endpoint, listener, route, secret, extension")
+			return nil, huma.Error400BadRequest("type " + in.Type + " is none of cluster, endpoint, listener, route, secret, extension, virtual_host")
 		}
 		types = []envoy.Type{t}
 	}

@@ -261,6 +261,9 @@ func proxyOf(p xds.ProxyStatus) Proxy {
 	out := Proxy{ID: p.ID, Role: string(p.Identity.Role), Tenant: optional(p.Identity.Tenant), Service: optional(p.Identity.Service), EnvoyVersion: p.EnvoyVersion, Connected: p.Connected, Since: p.Since.UTC(), Types: map[string]ProxyType{}}
 	for t := range envoy.Types {
 		s := p.Types[t]
+		if t == envoy.VirtualHost && s == (xds.TypeStatus{}) {
+			continue // hardly any proxy asks for them
+		}
 		out.Types[t.String()] = ProxyType{s.Sent, s.Acked, s.Rejected, optional(s.LastError)}
 	}
 	return out

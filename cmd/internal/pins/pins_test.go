@@ -113,7 +113,7 @@ func TestPinnable(t *testing.T) {
 		name := envoy.Name{Type: typ, Name: "x"}
 		stands := []xds.Stand{{ID: "a", Refused: "2"}, {ID: "b", Refused: "2"}}
 		v := Decide(name, stands, version, true)[0]
-		if want := typ != envoy.Secret && typ != envoy.Endpoint && typ != envoy.Extension; (v.Denied == "") != want || Pinnable(typ) != want {
+		if want := typ == envoy.Cluster || typ == envoy.Listener || typ == envoy.Route; (v.Denied == "") != want || Pinnable(typ) != want {
 			t.Errorf("%s: %q", typ, v.Denied)
 		}
 	}
