@@ -70,6 +70,7 @@ func Bootstrap(o BootstrapOptions) ([]byte, error) {
 		StaticResources: &bootstrapv3.Bootstrap_StaticResources{Clusters: []*clusterv3.Cluster{controlPlane(xds)}},
 		ClusterManager:  &bootstrapv3.ClusterManager{LoadStatsConfig: loadReports()},
 		StatsConfig:     statsConfig(),
+		LayeredRuntime:  runtimeLayer(),
 		OverloadManager: &overloadv3.OverloadManager{ResourceMonitors: []*overloadv3.ResourceMonitor{{
 			Name:       connectionsMonitor,
 			ConfigType: &overloadv3.ResourceMonitor_TypedConfig{TypedConfig: pack(&connectionsv3.DownstreamConnectionsConfig{MaxActiveDownstreamConnections: maxDownstream})},
@@ -85,6 +86,19 @@ func Bootstrap(o BootstrapOptions) ([]byte, error) {
 	}
 	out.WriteByte('\n')
 	return out.Bytes(), nil
+}
+
+// regexSize is how large Envoy lets a regular expression become. Its own limit of
+// 100 refuses quite ordinary ones.
+const regexSize = 1000
+
+func runtimeLayer() *bootstrapv3.LayeredRuntime {
+	return &bootstrapv3.LayeredRuntime{Layers: []*bootstrapv3.RuntimeLayer{{
+		Name: "roost",
+		LayerSpecifier: &bootstrapv3.RuntimeLayer_StaticLayer{StaticLayer: &structpb.Struct{Fields: map[string]*structpb.Value{
+			"re2.max_program_size.error_level": structpb.NewNumberValue(regexSize),
+		}}},
+	}}}
 }
 
 func anyAddress(s string) (*corev3.Address, error) {
