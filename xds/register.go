@@ -130,7 +130,8 @@ func (s *Server) unregister(st *stream) {
 	st.closed = true
 	st.final = st.status(false)
 	st.final.Since = s.cfg.Now()
-	st.state.view, st.at = nothing{}, nil // lets the World go
+	// It is remembered for a while: the World and the connection are not.
+	st.state.view, st.at, st.wire, st.form = nothing{}, nil, nil, nil
 	st.mu.Unlock()
 	s.mu.Lock()
 	delete(s.live, st.id)

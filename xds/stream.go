@@ -252,8 +252,6 @@ type stream struct {
 	version  string
 	metadata map[string]string
 	since    time.Time
-	wire     grpc.ServerStream
-	form     form            // used with mu held, but by the receiver
 	beside   *sync.WaitGroup // of what runs beside the handlers
 	over     chan error      // one slot: why the Server ends it
 	ended    chan struct{}   // closed when the handler is through
@@ -261,11 +259,13 @@ type stream struct {
 	// mu is taken before the Server's, and never held while anybody waits for the
 	// network. After ended nobody changes what it guards.
 	mu      sync.Mutex
-	state   *state   // guarded by mu
-	at      *edition // that the state is at; guarded by mu
-	told    position // of the tracker; guarded by mu
-	sending bool     // a response is being handed to the network; guarded by mu
-	closed  bool     // guarded by mu
+	wire    grpc.ServerStream // guarded by mu; nil after the end
+	form    form              // guarded by mu but for what its receiver does; nil after the end
+	state   *state            // guarded by mu
+	at      *edition          // that the state is at; guarded by mu
+	told    position          // of the tracker; guarded by mu
+	sending bool              // a response is being handed to the network; guarded by mu
+	closed  bool              // guarded by mu
 	final   ProxyStatus
 
 	queued atomic.Bool // waits for a pusher
@@ -308,8 +308,9 @@ func (s *Server) flush(st *stream) {
 		}
 		// It may have to wait for the client to read what came before.
 		st.sending = true
+		wire := st.wire
 		st.beside.Go(func() {
-			err := st.wire.SendMsg(r)
+			err := wire.SendMsg(r)
 			st.mu.Lock()
 			defer st.mu.Unlock()
 			st.sending = err != nil // then the stream has ended
