@@ -1,6 +1,11 @@
 package xds
 
-import "testing"
+import (
+	"iter"
+	"testing"
+
+	"github.com/roostmesh/roost/xds/envoy"
+)
 
 // onDemandCases are about what a client asks for by name that there is not. A
 // placeholder has the version "none".
@@ -111,6 +116,13 @@ var onDemandCases = []struct{ name, script string }{
 		world
 		resume endpoint x=none
 		resume cluster x=none +* +x`},
+	{"resume: endpoints that were answered before their cluster is named", `
+		world
+		sub endpoint x
+		> 1 endpoint: -x
+		ack 1
+		resume cluster x=none +* +x
+		> 2 endpoint: x@none`},
 	{"resume: what has come meanwhile", `
 		world cluster/x@1,endpoint/x endpoint/x@1
 		resume cluster x=none +* +x
@@ -125,10 +137,11 @@ var onDemandCases = []struct{ name, script string }{
 		> 2 endpoint: x@none`},
 	{"a virtual host changes with its route, and is never removed", `
 		world route/r@1
-		sub virtual_host r/a r/b q/a r
-		> 1 virtual_host: q/a@none r@1 r/a@1 r/b@1
+		sub virtual_host
+		sub virtual_host r/a r/b q/a
+		> 1 virtual_host: q/a@none r/a@1 r/b@1
 		ack 1
-		unsub virtual_host r/b r
+		unsub virtual_host r/b
 		world route/r@2
 		> 2 virtual_host: r/a@2
 		ack 2
@@ -170,5 +183,18 @@ func TestOnDemand(t *testing.T) {
 			x := &script{t: t, sent: map[string]*response{}}
 			x.run(c.script)
 		})
+	}
+}
+
+// all lists every name there may be.
+func (m *envoyModel) all() iter.Seq[envoy.Name] {
+	return func(yield func(envoy.Name) bool) {
+		for t := range envoy.Types {
+			for _, name := range modelNames {
+				if !yield(modelName(t, name)) {
+					return
+				}
+			}
+		}
 	}
 }
