@@ -1,8 +1,6 @@
 package envoy
 
 import (
-	"cmp"
-
 	clusterv3 "github.com/envoyproxy/go-control-plane/envoy/config/cluster/v3"
 	endpointv3 "github.com/envoyproxy/go-control-plane/envoy/config/endpoint/v3"
 	routev3 "github.com/envoyproxy/go-control-plane/envoy/config/route/v3"
@@ -11,10 +9,6 @@ import (
 // PlaceholderVersion is that of every placeholder: no hash is like it, so that a
 // placeholder is known by its version.
 const PlaceholderVersion = "none"
-
-// noHost is the domain of the placeholder for a route's virtual hosts as a whole,
-// with which Envoy goes on before it knows of any. Nobody calls it (RFC 2606).
-const noHost = "roost.invalid"
 
 // Placeholder is what stands in for a resource that a proxy asks for on demand and
 // that its view does not have: Envoy asks once per name, so that an answer which
@@ -35,8 +29,9 @@ func Placeholder(n Name) *Resource {
 	case n.Type == Endpoint:
 		return encodeAs(PlaceholderVersion, Endpoint, n.Name, pack(&endpointv3.ClusterLoadAssignment{ClusterName: n.Name}))
 	case n.Type == VirtualHost:
-		_, host := RouteOf(n.Name)
-		return encodeAs(PlaceholderVersion, VirtualHost, n.Name, pack(&routev3.VirtualHost{Name: n.Name, Domains: []string{cmp.Or(host, noHost)}}))
+		if _, host := RouteOf(n.Name); host != "" {
+			return encodeAs(PlaceholderVersion, VirtualHost, n.Name, pack(&routev3.VirtualHost{Name: n.Name, Domains: []string{host}}))
+		}
 	}
 	return nil
 }
