@@ -240,7 +240,7 @@ func proxyRows(t *table, list []admin.Proxy) {
 }
 
 func configVerb(o *options) *cobra.Command {
-	return &cobra.Command{Use: "config PROXY [cluster|endpoint|listener|route|secret|extension]", Short: "What a proxy holds, intended against ACKed", Args: cobra.RangeArgs(1, 2), RunE: func(cmd *cobra.Command, args []string) error {
+	return &cobra.Command{Use: "config PROXY [cluster|endpoint|listener|route|secret|extension|virtual_host]", Short: "What a proxy holds, intended against ACKed", Args: cobra.RangeArgs(1, 2), RunE: func(cmd *cobra.Command, args []string) error {
 		query := url.Values{}
 		if len(args) == 2 {
 			query.Set("type", args[1])
