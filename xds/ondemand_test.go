@@ -123,6 +123,18 @@ var onDemandCases = []struct{ name, script string }{
 		ack 1
 		resume cluster x=none +* +x
 		> 2 endpoint: x@none`},
+	{"a name whose real cluster is refused has endpoints", `
+		world cluster/x@1
+		sub endpoint x
+		> 1 endpoint: -x
+		ack 1
+		sub cluster *
+		> 2 cluster: x@1
+		nack 2 bad
+		! cluster x@1
+		sub cluster x
+		> 3 cluster: -x
+		> 4 endpoint: x@none`},
 	{"resume: what has come meanwhile", `
 		world cluster/x@1,endpoint/x endpoint/x@1
 		resume cluster x=none +* +x
