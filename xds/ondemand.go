@@ -62,7 +62,8 @@ func (s *state) markHosts(changes []envoy.Change, since uint64) {
 func isStandIn(r *envoy.Resource) bool { return r.Version == envoy.PlaceholderVersion }
 
 // renamed notes that a name of a cluster has been subscribed to, or is not any
-// more: there is a placeholder of it and of its endpoints, or there is none.
+// more: there is a placeholder of it and of its endpoints, or there is none. Where
+// the cluster itself is sent, its endpoints follow anyway.
 func (s *state) renamed(t envoy.Type, name string) {
 	if t == envoy.Cluster && !s.sotw {
 		s.mark(envoy.Cluster, name, s.version)

@@ -1,6 +1,11 @@
 package xds
 
-import "testing"
+import (
+	"iter"
+	"testing"
+
+	"github.com/roostmesh/roost/xds/envoy"
+)
 
 // onDemandCases are about what a client asks for by name that there is not. A
 // placeholder has the version "none".
@@ -111,6 +116,25 @@ var onDemandCases = []struct{ name, script string }{
 		world
 		resume endpoint x=none
 		resume cluster x=none +* +x`},
+	{"resume: endpoints that were answered before their cluster is named", `
+		world
+		sub endpoint x
+		> 1 endpoint: -x
+		ack 1
+		resume cluster x=none +* +x
+		> 2 endpoint: x@none`},
+	{"a name whose real cluster is refused has endpoints", `
+		world cluster/x@1
+		sub endpoint x
+		> 1 endpoint: -x
+		ack 1
+		sub cluster *
+		> 2 cluster: x@1
+		nack 2 bad
+		! cluster x@1
+		sub cluster x
+		> 3 cluster: -x
+		> 4 endpoint: x@none`},
 	{"resume: what has come meanwhile", `
 		world cluster/x@1,endpoint/x endpoint/x@1
 		resume cluster x=none +* +x
@@ -171,5 +195,18 @@ func TestOnDemand(t *testing.T) {
 			x := &script{t: t, sent: map[string]*response{}}
 			x.run(c.script)
 		})
+	}
+}
+
+// all lists every name there may be.
+func (m *envoyModel) all() iter.Seq[envoy.Name] {
+	return func(yield func(envoy.Name) bool) {
+		for t := range envoy.Types {
+			for _, name := range modelNames {
+				if !yield(modelName(t, name)) {
+					return
+				}
+			}
+		}
 	}
 }
