@@ -359,7 +359,9 @@ func (v *service) handle(st *stream, t envoy.Type, q *request) error {
 		if v.cfg.OnAck != nil {
 			v.cfg.OnAck(st.id, a.version, a.clusters)
 		}
-		a.clusters = a.clusters[:0]
+		if a.clusters = a.clusters[:0]; cap(a.clusters) > bagKeeps {
+			a.clusters = nil // of a first sync
+		}
 	}
 	if len(rejected) == 0 {
 		return nil

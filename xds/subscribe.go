@@ -187,11 +187,9 @@ func (s *state) subscribe(t envoy.Type, name string) {
 // are in order.
 func (s *state) markAll(t envoy.Type) {
 	ts := &s.types[t]
-	held := ts.held.all()
-	if len(held) == 0 {
-		ts.dirty.reserve(expectAtMost)
-	}
-	for r := range s.view.All(t) {
+	held, all := ts.held.all(), slices.Collect(s.view.All(t))
+	ts.dirty.reserve(len(all) - len(held))
+	for _, r := range all {
 		for len(held) > 0 && held[0].Name.Name < r.Name.Name {
 			held = held[1:]
 		}
