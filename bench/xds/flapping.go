@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/roostmesh/roost/discovery"
@@ -155,11 +156,14 @@ func (f *flapper) Name() string { return flapSource }
 // Run implements discovery.Source.
 func (f *flapper) Run(ctx context.Context, emit func(discovery.Update)) error {
 	w := f.world
-	tell := func(i int, edit func(*discovery.Instance)) {
-		u := discovery.Update{Source: flapSource, Scope: w.clusterName(i)}
+	known := make([][]discovery.Instance, w.Services) // a source's own work is not measured
+	for i := range known {
 		for n := range w.Each {
-			u.Instances = append(u.Instances, w.instance(i, n))
+			known[i] = append(known[i], w.instance(i, n))
 		}
+	}
+	tell := func(i int, edit func(*discovery.Instance)) {
+		u := discovery.Update{Source: flapSource, Scope: w.clusterName(i), Instances: slices.Clone(known[i])}
 		if edit != nil {
 			edit(&u.Instances[0])
 		}
