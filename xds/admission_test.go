@@ -47,7 +47,6 @@ func TestAdmission(t *testing.T) {
 			first.subscribe(envoy.Cluster)
 			first.receive("cluster: a@1", "")
 			second := h.dial("sidecar~acme~shop~2")
-			second.subscribe(envoy.Cluster)
 			second.refused(codes.ResourceExhausted, c.text)
 			if n := counted(t, h.s.metrics.refused.WithLabelValues(c.reason)); n != 1 {
 				t.Errorf("%v were refused for %s", n, c.reason)
@@ -132,7 +131,6 @@ func TestDrain(t *testing.T) {
 		t.Errorf("health was %s and is %s", before, after)
 	}
 	late := h.dial("sidecar~acme~shop~2")
-	late.subscribe(envoy.Cluster)
 	late.refused(codes.Unavailable, "the control plane stops")
 	h.publish("cluster/a@2")
 	old.receive("cluster: a@2", "")
