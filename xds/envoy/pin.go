@@ -230,7 +230,7 @@ func (w *Pinned) Since(prev *Pinned) Change {
 			}
 		}
 	}
-	c.Names = slices.SortedFunc(maps.Keys(names), func(a, b Name) int { return cmp.Or(cmp.Compare(a.Type, b.Type), strings.Compare(a.Name, b.Name)) })
+	c.Names = slices.SortedFunc(maps.Keys(names), compareNames)
 	return c
 }
 

@@ -1,10 +1,8 @@
 package envoy
 
 import (
-	"cmp"
 	"maps"
 	"slices"
-	"strings"
 
 	"github.com/roostmesh/roost/lb"
 	"github.com/roostmesh/roost/xds/proxyless"
@@ -32,9 +30,7 @@ func (t *Translation) Since(prev *Translation) Change {
 			d.listener(nil, set)
 		}
 	}
-	c.Names = slices.SortedFunc(maps.Keys(d.names), func(a, b Name) int {
-		return cmp.Or(cmp.Compare(a.Type, b.Type), strings.Compare(a.Name, b.Name))
-	})
+	c.Names = slices.SortedFunc(maps.Keys(d.names), compareNames)
 	return c
 }
 

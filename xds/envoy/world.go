@@ -320,8 +320,10 @@ func (c *callersCache) get(node, rule string) *Resource {
 	return r
 }
 
-func compareResources(a, b *Resource) int {
-	return cmp.Or(cmp.Compare(a.Type, b.Type), strings.Compare(a.Name.Name, b.Name.Name))
+func compareResources(a, b *Resource) int { return compareNames(a.Name, b.Name) }
+
+func compareNames(a, b Name) int {
+	return cmp.Or(cmp.Compare(a.Type, b.Type), strings.Compare(a.Name, b.Name))
 }
 
 // Version is the Snapshot's.
