@@ -29,7 +29,7 @@ func TestAllocations(t *testing.T) {
 		names = append(names, r.Name.Name)
 	}
 	w, _ := fakeWorld{}.with(changed)
-	s := newState(w, 1, nil)
+	s := newState(w, 1, newSets(), nil)
 	s.request(envoy.Endpoint, &request{subscribe: names}, time.Time{})
 	s.request(envoy.Endpoint, &request{nonce: s.next().nonce}, time.Time{})
 	worlds := make([]fakeWorld, 2) // of which one follows the other

@@ -46,7 +46,7 @@ var modelTypes = [][]envoy.Type{
 func newModel(t *rapid.T) *envoyModel {
 	m := &envoyModel{t: t, held: map[envoy.Name]*envoy.Resource{}, refused: map[envoy.Name]*envoy.Resource{}}
 	m.world, _ = fakeWorld{}.with(nil)
-	m.s = newState(m.world, m.world.version, nil)
+	m.s = newState(m.world, m.world.version, newSets(), nil)
 	m.sotw = rapid.Bool().Draw(t, "sotw")
 	m.s.sotw = m.sotw
 	m.few = rapid.SampledFrom(modelTypes).Draw(t, "few")
@@ -202,7 +202,7 @@ func (m *envoyModel) reconnect() {
 			delete(m.refused, n)
 		}
 	}
-	m.s = newState(m.world, m.world.version, m.s)
+	m.s = newState(m.world, m.world.version, m.s.sets, m.s)
 	m.s.sotw = m.sotw
 	for t := range envoy.Types {
 		m.inbox[t], m.asked[t] = nil, map[string]bool{}

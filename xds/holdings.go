@@ -60,16 +60,6 @@ const sweepFrom = 1024
 
 func newSets() *sets { return &sets{known: map[setKey]weak.Pointer[holdings]{}, sweep: sweepFrom} }
 
-// of returns the holdings of a list, which is not empty, of one type and in the order
-// of its names, and which it keeps.
-func (s *sets) of(sorted []*envoy.Resource) *holdings {
-	h := &holdings{sorted: sorted}
-	for _, r := range sorted {
-		h.sum += fingerprintOf(r)
-	}
-	return s.keep(h)
-}
-
 // with returns h with some resources more, in the place of those of the same name.
 func (s *sets) with(h *holdings, more ...*envoy.Resource) *holdings {
 	if len(more) == 0 {
@@ -111,9 +101,13 @@ func merged(list, more []*envoy.Resource) []*envoy.Resource {
 
 // without returns h without some names.
 func (s *sets) without(h *holdings, names ...string) *holdings {
-	left := slices.Clone(h.all())
+	if h == nil {
+		return nil
+	}
+	left, sum := slices.Clone(h.sorted), h.sum
 	for _, name := range names {
 		if i, ok := slices.BinarySearchFunc(left, name, compareName); ok {
+			sum -= fingerprintOf(left[i])
 			left = slices.Delete(left, i, i+1)
 		}
 	}
@@ -123,7 +117,7 @@ func (s *sets) without(h *holdings, names ...string) *holdings {
 	case 0:
 		return nil
 	}
-	return s.of(slices.Clip(left))
+	return s.keep(&holdings{slices.Clip(left), sum})
 }
 
 func (s *sets) find(key setKey) *holdings {
@@ -132,7 +126,7 @@ func (s *sets) find(key setKey) *holdings {
 	return s.known[key].Value()
 }
 
-// keep makes holdings known, or returns those that became known meanwhile.
+// keep makes holdings, which are not empty, known, or returns those that became known meanwhile.
 func (s *sets) keep(h *holdings) *holdings {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -100,8 +100,7 @@ func (s *Server) register(ctx context.Context, st *stream) error {
 	}
 	delete(s.gone, st.id)
 	st.at = s.newest.Load()
-	st.state = newState(st.at.world.View(st.proxy()), st.at.world.Version(), past)
-	st.state.sets = s.sets
+	st.state = newState(st.at.world.View(st.proxy()), st.at.world.Version(), s.sets, past)
 	st.mark = s.tracker.join()
 	s.audience.join(st)
 	s.live[st.id] = st

@@ -50,9 +50,9 @@ func (s *state) settle(t envoy.Type, q *request, now time.Time) []rejection {
 	}
 	if len(r.removed) > 0 {
 		s.letGo(t, r.removed)
-	}
-	if t == envoy.Listener && len(r.removed) > 0 {
-		s.release(textDuplicate)
+		if t == envoy.Listener {
+			s.release(textDuplicate)
+		}
 	}
 	return nil
 }
@@ -61,9 +61,9 @@ func (s *state) settle(t envoy.Type, q *request, now time.Time) []rejection {
 // one that they were sent from.
 func (s *state) accept(t envoy.Type, list []*envoy.Resource, same bool) {
 	ts := &s.types[t]
-	wanted, let := list, func(r *envoy.Resource) bool { return !s.wants(t, r.Name.Name) }
-	if slices.ContainsFunc(list, let) { // its name was let go meanwhile
-		wanted = slices.DeleteFunc(slices.Clone(list), let)
+	wanted, unwanted := list, func(r *envoy.Resource) bool { return !s.wants(t, r.Name.Name) }
+	if slices.ContainsFunc(list, unwanted) { // its name was let go meanwhile
+		wanted = slices.DeleteFunc(slices.Clone(list), unwanted)
 	}
 	s.hold(t, wanted...)
 	if !same || ts.refused.len() > 0 {
@@ -99,7 +99,6 @@ func (s *state) nack(r *response, text string, now time.Time) (rejected []reject
 	ts.lastError = text
 	guilty, applied := blame(r, text)
 	var taken []*envoy.Resource
-	defer func() { s.accept(r.Type, taken, false) }()
 	for _, res := range r.resources {
 		name := res.Name.Name
 		later, _ := ts.onItsWay(name)
@@ -118,6 +117,7 @@ func (s *state) nack(r *response, text string, now time.Time) (rejected []reject
 			ts.suspects.set(name, suspect{res.Version, r.since})
 		}
 	}
+	s.accept(r.Type, taken, false)
 	return rejected
 }
 

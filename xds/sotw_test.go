@@ -286,7 +286,7 @@ func TestWholeIsNotSplit(t *testing.T) {
 		changed[r.Name] = r
 	}
 	world, _ := fakeWorld{}.with(changed)
-	x := &wholeScript{script: script{t: t, s: newState(world, 1, nil), sent: map[string]*response{}}}
+	x := &wholeScript{script: script{t: t, s: newState(world, 1, newSets(), nil), sent: map[string]*response{}}}
 	x.run(`
 		back cluster
 		> 1 cluster: 0@1 1@1 2@1 3@1 4@1

@@ -4,7 +4,6 @@ import (
 	"iter"
 	"slices"
 	"strconv"
-	"strings"
 	"time"
 
 	"github.com/roostmesh/roost/xds/envoy"
@@ -22,8 +21,8 @@ const maxUnacked = 32
 const wildcardName = "*"
 
 // state is the delta xDS protocol of one stream: requests, views and refusals
-// go in, responses come out. It has no goroutine, no clock and no I/O; its
-// stream's owner goroutine is the only one that touches it.
+// go in, responses come out. It has no goroutine, no clock, no lock and no I/O;
+// whoever touches it holds the lock of its stream.
 type state struct {
 	types   [envoy.Types]typeState
 	view    envoy.View
@@ -109,15 +108,12 @@ type rejection struct {
 
 // newState starts a stream on a view. past is the state of the proxy's previous
 // stream, or nil: its refusals stay in force, and what it held is known.
-func newState(view envoy.View, version uint64, past *state) *state {
-	s := &state{view: view, version: version, sets: newSets()}
-	if past != nil {
-		s.sets = past.sets
+func newState(view envoy.View, version uint64, sets *sets, past *state) *state {
+	s := &state{view: view, version: version, sets: sets}
+	if past == nil {
+		return s
 	}
 	for t := range envoy.Types {
-		if past == nil {
-			continue
-		}
 		ts, was := &s.types[t], &past.types[t]
 		ts.earlier = past.mayHave(t)
 		for name, r := range was.refused.m {
@@ -243,7 +239,7 @@ func (ts *typeState) flying() iter.Seq2[string, *envoy.Resource] {
 
 // find returns what a response says of a resource; nil is a removal.
 func (r *response) find(name string) (*envoy.Resource, bool) {
-	i, ok := slices.BinarySearchFunc(r.resources, name, func(r *envoy.Resource, name string) int { return strings.Compare(r.Name.Name, name) })
+	i, ok := slices.BinarySearchFunc(r.resources, name, compareName)
 	if ok {
 		return r.resources[i], true
 	}

@@ -170,7 +170,7 @@ func (x *script) do(line string) {
 	case "retry":
 		x.s.retry()
 	case "reconnect":
-		x.s = newState(x.world, x.world.version, x.s)
+		x.s = newState(x.world, x.world.version, x.s.sets, x.s)
 	default:
 		x.t.Fatalf("%q: no such command", line)
 	}
@@ -192,7 +192,7 @@ func (x *script) change(verb string, args []string) {
 		c = envoy.Change{Views: true}
 	}
 	if x.s == nil {
-		x.s = newState(next, next.version, nil)
+		x.s = newState(next, next.version, newSets(), nil)
 		return
 	}
 	x.s.update(next, next.version, c)
@@ -272,7 +272,7 @@ func TestSplit(t *testing.T) {
 		changed[r.Name] = r
 	}
 	w, _ := fakeWorld{}.with(changed)
-	s := newState(w, 1, nil)
+	s := newState(w, 1, newSets(), nil)
 	s.request(envoy.Cluster, &request{}, time.Time{})
 	sent := map[string]int{}
 	for responses := 0; len(sent) < len(changed); responses++ {

@@ -23,16 +23,16 @@ func (s *state) request(t envoy.Type, q *request, now time.Time) []rejection {
 		}
 		return rejected
 	}
+	all := s.asksForAll(t, q.subscribe)
 	ts.started = true
-	s.begin(t, q.subscribe, q.versions)
+	s.begin(t, all, q.subscribe, q.versions)
 	return rejected
 }
 
-// begin takes the first request of a type. What the client says it has is
+// begin takes the first request of a type; all says that it asks for all of it. What the client says it has is
 // compared like a change; every other name is answered.
-func (s *state) begin(t envoy.Type, subscribe []string, versions []holding) {
+func (s *state) begin(t envoy.Type, all bool, subscribe []string, versions []holding) {
 	ts := &s.types[t]
-	all := t.Wildcard() && len(subscribe) == 0 || t.Wildcard() && slices.Contains(subscribe, wildcardName)
 	subscribe = slices.DeleteFunc(subscribe, func(name string) bool { return name == wildcardName })
 	if whole := s.whole(t, subscribe, versions); whole != nil {
 		ts.held, subscribe, versions = whole, nil, nil
@@ -105,12 +105,12 @@ func (s *state) whole(t envoy.Type, subscribe []string, versions []holding) *hol
 			return nil
 		}
 		all = append(all, r)
-		ours += fingerprint(r.Name.Name, r.Version)
+		ours += fingerprintOf(r)
 	}
 	if ours != theirs || len(all) != len(versions) {
 		return nil
 	}
-	return s.sets.of(all)
+	return s.sets.keep(&holdings{all, ours})
 }
 
 // resume finds a version that the client has from an earlier stream.
