@@ -66,9 +66,7 @@ func (s *state) answer(t envoy.Type) *response {
 			b.removed = append(b.removed, name)
 		case r == nil: // it keeps the version that we cannot repeat
 		case current:
-			b.owe(ts.dirty.get(name))
-			ts.dirty.del(name)
-			ts.again.del(name)
+			b.pay(ts, name)
 		}
 	}
 	if len(b.resources)+len(b.removed) == 0 {
@@ -141,9 +139,7 @@ func (s *state) push(t envoy.Type) (r *response, more bool) {
 		if !b.add(r) {
 			break
 		}
-		b.owe(ts.dirty.get(r.Name.Name))
-		ts.dirty.del(r.Name.Name)
-		ts.again.del(r.Name.Name)
+		b.pay(ts, r.Name.Name)
 	}
 	return s.send(t, &b), true
 }
@@ -237,9 +233,7 @@ func (s *state) isolate(t envoy.Type) *response {
 		b := s.batch()
 		b.add(r)
 		b.owe(sus.since)
-		b.owe(ts.dirty.get(name))
-		ts.dirty.del(name)
-		ts.again.del(name)
+		b.pay(ts, name)
 		return s.send(t, &b)
 	}
 	return nil
@@ -426,6 +420,13 @@ func (b *batch) owe(since uint64) {
 	if since > 0 && since < b.since {
 		b.since = since
 	}
+}
+
+// pay notes that a response holds what is owed of a resource, which is dirty no more.
+func (b *batch) pay(ts *typeState, name string) {
+	b.owe(ts.dirty.get(name))
+	ts.dirty.del(name)
+	ts.again.del(name)
 }
 
 // send notes that a response is on its way. The children of what it holds are
